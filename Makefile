@@ -1,0 +1,67 @@
+# The only commands anybody must know. `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= demo-out
+JOBS ?= 2
+
+# Single-threaded math: repeatable to the bit, and 2 processes do not fight for the cores.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all test-compile test-gpu bench bench-gpu lint type layers fmt ci clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), f"Python 3.10-3.12 is needed, this is {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+install: $(STAMP) ## set up .venv (the other targets do it by themselves)
+
+demo: $(STAMP) ## MP4 files -> shards -> image, low-res, high-res, RLHF -> sampled videos and a report
+	$(BIN)/contentv demo out=$(OUT)
+
+test: $(STAMP) lint type layers ## checks and all tests but the slow ones
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not npu and not compile and not dist' -n $(JOBS)
+	$(BIN)/python -m pytest -m 'dist and not slow and not gpu and not npu and not compile'
+	CONTENTV_TYPECHECK=0 $(BIN)/python -m pytest -m 'compile and not slow and not gpu and not npu'
+
+test-all: $(STAMP) lint type layers ## everything that runs without an accelerator
+	$(BIN)/python -m pytest -m 'not gpu and not npu and not compile'
+	CONTENTV_TYPECHECK=0 $(BIN)/python -m pytest -m 'compile and not gpu and not npu'
+
+test-gpu: ## the tests that need a CUDA device, in the current Python environment
+	CONTENTV_TYPECHECK=0 $(PYTHON) -m pytest -m gpu
+
+bench: $(STAMP) ## counts and ratios measured on this machine -> benchmarks/results/
+	$(BIN)/python benchmarks/reuse.py
+
+bench-gpu: ## kernels and a training step at the 8B width against diffusers -> benchmarks/results/
+	$(PYTHON) benchmarks/gpu_kernels.py
+	$(PYTHON) benchmarks/gpu_step.py
+
+lint: $(STAMP) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+layers: $(STAMP) ## import contracts between the packages
+	$(BIN)/lint-imports
+
+fmt: $(STAMP) ## format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ci: test ## what CI runs
+
+clean: ## remove caches and builds (not .venv)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Records, randomness, devices, logging and errors: what every other package may use."""

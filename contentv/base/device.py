@@ -1,0 +1,89 @@
+"""The one module that knows device names: cuda, npu or cpu, and what follows from each."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from contentv.base.errors import UserError
+
+BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+
+
+def available_types() -> list[str]:
+    """Returns the device types this process can use, best first."""
+    found = []
+    if torch.cuda.is_available():
+        found.append("cuda")
+    if importlib.util.find_spec("torch_npu") is not None:
+        import torch_npu  # noqa: F401  (registers torch.npu)
+
+        if torch.npu.is_available():  # type: ignore[attr-defined]
+            found.append("npu")
+    return [*found, "cpu"]
+
+
+def select(name: str = "auto") -> torch.device:
+    """Returns this process's device: the local rank's accelerator, or the CPU.
+
+    Args:
+        name: auto, cuda, npu or cpu. `auto` takes the best available.
+
+    Raises:
+        UserError: the named device is unknown or not on this machine.
+    """
+    usable = available_types()
+    kind = usable[0] if name == "auto" else name
+    if kind not in BACKENDS:
+        raise UserError(f'device "{name}" is unknown', where="device", remedy="use auto, cuda, npu or cpu")
+    if kind not in usable:
+        raise UserError(
+            f'device "{name}" is not available on this machine (found: {", ".join(usable)})',
+            where="device",
+            remedy="use device=auto, or install the driver and a torch build for it (contentv doctor shows both)",
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    module(device).set_device(device)
+    return device
+
+
+def module(device: torch.device):  # type: ignore[no-untyped-def]
+    """Returns torch.cuda, torch.npu or torch.cpu, which share the calls used here."""
+    return getattr(torch, device.type)
+
+
+def backend(device: torch.device) -> str:
+    """Returns the torch.distributed backend of a device: nccl, hccl or gloo."""
+    return BACKENDS[device.type]
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queued work; nothing to wait for on the CPU."""
+    if device.type != "cpu":
+        module(device).synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Returns the most memory this process has held: device allocations, or resident memory on the CPU."""
+    if device.type != "cpu":
+        return int(module(device).max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets); no number for the CPU: its peak is not
+# a published constant, and an MFU against a guess would mean nothing.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "4090": 165e12, "910B": 376e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Returns the dense bf16 peak of one device in FLOP/s, or 0 when it is not known."""
+    if device.type == "cpu":
+        return 0.0
+    name = str(module(device).get_device_name(device))
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)

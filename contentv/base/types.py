@@ -1,0 +1,147 @@
+"""The records that travel between packages, and the protocols their parts satisfy.
+
+Letters: latents `b c t h w` on the latent grid, video `b c T H W` in pixels, text `b l d` (`l` text tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Bucket(NamedTuple):
+    """Clips of one shape: frames, height and width in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        """The folder name of the bucket's shards, such as `f17_h96_w96`."""
+        return f"f{self.frames}_h{self.height}_w{self.width}"
+
+    @classmethod
+    def parse(cls, name: str) -> Bucket:
+        """Returns the bucket written as `f<frames>_h<height>_w<width>`.
+
+        Raises:
+            ValueError: the name has another form.
+        """
+        parts = name.split("_")
+        if len(parts) != 3 or [p[:1] for p in parts] != ["f", "h", "w"] or not all(p[1:].isdigit() for p in parts):
+            raise ValueError(f'bucket "{name}" is not of the form f<frames>_h<height>_w<width>, such as f17_h96_w96')
+        return cls(*(int(p[1:]) for p in parts))
+
+
+class TokenCounts(NamedTuple):
+    """Numbers of video and text tokens of the whole joint sequence (video first), before any split."""
+
+    video: int
+    text: int
+
+
+@dataclass
+class TextCond:
+    """Encoded captions: one vector per text token and one pooled vector per caption."""
+
+    tokens: Float[Tensor, "b l d"]
+    pooled: Float[Tensor, "b p"]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextCond:
+        """Returns a copy on `device` (and in `dtype`)."""
+        return TextCond(self.tokens.to(device, dtype), self.pooled.to(device, dtype))
+
+    def __getitem__(self, rows: slice) -> TextCond:
+        return TextCond(self.tokens[rows], self.pooled[rows])
+
+    def expand(self, b: int) -> TextCond:
+        """Returns `b` rows, all equal to this record's single row."""
+        return TextCond(self.tokens.expand(b, -1, -1), self.pooled.expand(b, -1))
+
+
+@dataclass
+class Batch:
+    """A micro-batch of equally shaped clips.
+
+    `latents` are in model space, (raw - mean) / std. `motion` and `visual` are scores in [0, 1], NaN where a clip has
+    none. `sample_index` is the position of each sample in the run's global order (step * global batch + place), the
+    key of all its random draws: it is the same on every layout.
+    """
+
+    keys: list[str]
+    captions: list[str]
+    bucket: Bucket
+    latents: Float[Tensor, "b c t h w"]
+    text: TextCond
+    motion: Float[Tensor, "b"]
+    visual: Float[Tensor, "b"]
+    sample_index: Int[Tensor, "b"]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch with its large tensors on `device`; scores and indices stay on the CPU, where draws are made."""
+        return Batch(
+            self.keys, self.captions, self.bucket, self.latents.to(device), self.text.to(device),
+            self.motion, self.visual, self.sample_index,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReaderRank:
+    """Which part of every global batch a reader delivers: data-parallel rank and degree."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass
+class LossOutput:
+    """A loss as a sum and the number of samples in it; the caller divides by the global number of samples."""
+
+    loss_sum: Float[Tensor, ""]
+    samples: int
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> detached sum over the samples
+
+
+@runtime_checkable
+class VelocityModel(Protocol):
+    """Anything that predicts a velocity: (b c t h w), timestep in [0, 1000], text tokens, pooled text -> (b c t h w)."""
+
+    def __call__(
+        self,
+        noisy_latents: Float[Tensor, "b c t h w"],
+        timestep: Float[Tensor, "b"],
+        text_tokens: Float[Tensor, "b l d"],
+        text_pooled: Float[Tensor, "b p"],
+    ) -> Float[Tensor, "b c t h w"]: ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A batch and a model to a loss. `step` is the optimiser step, a key of the random draws."""
+
+    def __call__(self, model: VelocityModel, batch: Batch, step: int) -> LossOutput: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something whose progress survives a restart, as a small JSON-compatible dict."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class BatchSource(Stateful, Protocol):
+    """An endless, resumable stream of optimiser steps: each item is this rank's micro-batches of one global batch."""
+
+    def __iter__(self) -> Iterator[list[Batch]]: ...

@@ -1,0 +1,315 @@
+"""A stage's configuration to a running stage: data, model, engine, objective, loop, export. The composition root."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from contentv.base import device as devices
+from contentv.base.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, StoppedBySignalError, UserError
+from contentv.base.log import get_logger, is_main_process
+from contentv.base.types import Batch, Bucket, Objective, TextCond, TokenCounts
+from contentv.config.graph import config_hash
+from contentv.config.inputs import Weights, check_data_fits, choose_buckets, clip_fps, existing_folder, resolve_weights
+from contentv.config.schema import TrainRoot
+from contentv.data import DatasetInfo, DatasetSource, open_dataset
+from contentv.diffusion.samplers import LogitNormal
+from contentv.diffusion.timesteps import build_sampler
+from contentv.diffusion.tqd import TQD
+from contentv.engine.zero import ZeroEngine, build_engine, frozen_model
+from contentv.models.io import adapt_image_transformer, read_transformer, write_transformer
+from contentv.models.mmdit import MMDiT, flops_per_forward
+from contentv.models.reward import CLIPReward
+from contentv.models.vae import VideoVAE
+from contentv.objectives.flow import FlowMatching
+from contentv.objectives.reward import RewardObjective
+from contentv.parallel.collectives import start, stop
+from contentv.parallel.mesh import Mesh, build_mesh
+from contentv.train.loop import Progress, run
+from contentv.train.manifest import MANIFEST, StageManifest, check_predecessor
+from contentv.train.metrics import JsonlSink, MetricSink, Recorder, TensorBoardSink, WandbSink
+from contentv.train.pipeline import write_status
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked stage: nothing has been built or written yet."""
+
+    root: TrainRoot
+    info: DatasetInfo
+    buckets: list[Bucket]
+    weights: Weights
+    manifest: StageManifest  # what this stage will have produced
+
+
+def plan_stage(root: TrainRoot) -> Plan:
+    """Returns a stage whose configuration, data and predecessor fit together.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    dataset = existing_folder(root.data.path, "data.path", "a dataset made by `contentv curate`")
+    info = DatasetInfo.load(dataset)
+    check_data_fits(root.model, info, root.data.path)
+    buckets = choose_buckets(root, info)
+    weights = resolve_weights(root.init, root.init_weights)
+    manifest = StageManifest(
+        stage=root.stage.name,
+        geometry=asdict(root.model),
+        vae_fingerprint=info.vae.fingerprint,
+        text_fingerprint=info.text.fingerprint,
+        shift=root.timestep.shift,
+        buckets=[bucket.name for bucket in buckets],
+        fps=clip_fps(info),
+        steps=root.train.max_steps,
+        config_hash=config_hash(root),
+        consumed={"init": root.init, "init_stage": weights.manifest.stage, "data": root.data.path, "data_hash": info.fingerprint},
+        weights={"ema": "export/ema", "raw": "export/raw"},
+        vae_path=_absolute(root.vae.path),
+        text_path=_absolute(root.text.path),
+    )
+    check_predecessor(root.stage, manifest, weights.manifest, root.init)
+    return Plan(root, info, buckets, weights, manifest)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if path else ""
+
+
+def micro_batch_size(root: TrainRoot, dp: int, tokens: int) -> int:
+    """Returns the clips per forward on a rank: as asked, or the most that `train.max_tokens` allows.
+
+    Raises:
+        UserError: the global batch does not divide by the data-parallel degree and the micro-batch.
+    """
+    total = root.train.global_batch_size
+    if total % dp:
+        raise UserError(
+            f"a global batch of {total} does not divide over {dp} data-parallel ranks", where="train.global_batch_size",
+            remedy=f"use {max(dp, total // dp * dp)} or {(total // dp + 1) * dp}",
+        )  # fmt: skip
+    local = total // dp
+    asked = root.train.micro_batch_size
+    if asked:
+        if local % asked:
+            raise UserError(
+                f"{local} clips per rank do not divide into micro-batches of {asked}", where="train.micro_batch_size",
+                remedy=f"use a divisor of {local}",
+            )  # fmt: skip
+        return asked
+    most = local if not root.train.max_tokens else max(1, root.train.max_tokens // tokens)
+    return max(size for size in range(1, local + 1) if local % size == 0 and size <= most)
+
+
+def token_counts(root: TrainRoot, info: DatasetInfo, bucket: Bucket) -> TokenCounts:
+    """Returns the numbers of video and text tokens of a clip of a bucket."""
+    _, t, h, w = info.latent_shape(bucket.name)
+    patch = root.model.patch_size
+    return TokenCounts(t * (h // patch) * (w // patch), info.text.num_tokens)
+
+
+def build_model(root: TrainRoot, weights: Weights) -> MMDiT:
+    """Returns the transformer: read from the predecessor, or random."""
+    if weights.folder is not None:
+        if weights.manifest.stage == "sd3":
+            return adapt_image_transformer(
+                weights.folder, root.model, reinit_io=root.stage.reinit_io, seed=root.train.seed, dtype=torch.float32
+            )
+        model = read_transformer(weights.folder, dtype=torch.float32)
+        expected, found = asdict(root.model), asdict(model.config)
+        if expected != found:
+            different = next(key for key in expected if expected[key] != found.get(key))
+            raise UserError(
+                f"the weights' {different} is {found.get(different)}, the model's is {expected[different]}",
+                where=f"init={root.init}", remedy="choose the model= of these weights",
+            )  # fmt: skip
+        return model
+    get_logger().warning("init=none: the stage starts from random weights")
+    model = MMDiT(root.model)
+    model.init_weights(root.train.seed)
+    return model
+
+
+def build_objective(plan: Plan, null_text: TextCond, mesh: Mesh, device: torch.device) -> Objective:
+    """Returns flow matching, or the reward objective with its frozen VAE, reward model and reference."""
+    root = plan.root
+    flow = FlowMatching(build_sampler(root.timestep), root.train.seed, null_text, root.text.dropout)
+    if root.stage.objective == "flow":
+        return flow
+    vae_path = existing_folder(plan.manifest.vae_path, "vae.path", "the VAE the dataset was made with")
+    vae = VideoVAE.from_folder(vae_path).to(device)
+    if vae.fingerprint != plan.info.vae.fingerprint:
+        raise UserError(
+            f"this VAE ({vae.fingerprint}) is not the dataset's ({plan.info.vae.fingerprint})",
+            where=f"vae.path={vae_path}", remedy="name the VAE that the dataset was curated with",
+        )  # fmt: skip
+    reward = CLIPReward.from_folder(existing_folder(root.reward.path, "reward.path", "a reward model's folder")).to(device)
+    reference = None
+    if root.reward.kl_weight > 0:
+        reference = frozen_model(build_model(root, plan.weights), mesh, root.parallel, root.train.precision, device)
+    config = replace(root.reward, shift=root.timestep.shift)
+    return RewardObjective(vae, reward, reference, config, root.train.seed, flow, null_text)
+
+
+def build_source(plan: Plan, mesh: Mesh, micro: int) -> DatasetSource:
+    """Returns the resumable stream of this rank's micro-batches."""
+    root = plan.root
+    return open_dataset(
+        root.data.path,
+        reader=mesh.reader,
+        global_batch_size=root.train.global_batch_size,
+        micro_batch_size=micro,
+        seed=root.train.seed,
+        buckets=[bucket.name for bucket in plan.buckets],
+        bucket_weights=root.data.bucket_weights or None,
+        keep_probability=TQD(LogitNormal()).keep_probability if root.data.quality_dropout else None,
+        prefetch=root.data.prefetch,
+        quality_mode=root.data.quality_mode,
+        max_bad_samples=root.data.max_bad_samples,
+        max_bad_fraction=root.data.max_bad_fraction,
+        quarantine_path=Path(root.out) / "quarantine.jsonl" if is_main_process() else None,
+    )
+
+
+def build_sinks(root: TrainRoot, step: int) -> list[MetricSink]:
+    """Returns metrics.jsonl and the logger asked for."""
+    out = Path(root.out)
+    sinks: list[MetricSink] = [JsonlSink(out / "metrics.jsonl", step)]
+    if root.logger == "wandb":
+        sinks.append(WandbSink(out, root.wandb.project, root.wandb.mode, asdict(root)))
+    elif root.logger == "tensorboard":
+        sinks.append(TensorBoardSink(out))
+    return sinks
+
+
+def run_stage(root: TrainRoot) -> None:
+    """Runs a stage to its end: from the predecessor's weights, or from the newest checkpoint of its run folder.
+
+    Raises:
+        UserError: something the user can fix; how the run ended is also written to `status.json`.
+        StoppedBySignalError: stopped by a signal after saving.
+    """
+    out = Path(root.out)
+    code, message = EXIT_FAILED, "failed"
+    try:
+        plan = plan_stage(root)
+        if (out / MANIFEST).is_file() and root.train.resume != "none" and _finished(plan, out):
+            get_logger().info("nothing to do: %s is done (%d steps)", out, root.train.max_steps)
+            return
+        _train(plan, out)
+        code, message = EXIT_OK, "done"
+    except UserError as error:
+        code, message = EXIT_USER_ERROR, str(error)
+        raise
+    except StoppedBySignalError as error:
+        code, message = EXIT_STOPPED, str(error)
+        raise
+    finally:
+        if is_main_process():
+            write_status(out, code, message)
+        stop()
+
+
+def _finished(plan: Plan, out: Path) -> bool:
+    done = StageManifest.read(out)
+    if done.config_hash != plan.manifest.config_hash:
+        raise UserError(
+            "this folder holds a finished run of another configuration", where=f"out={out}",
+            remedy="use another out=, or train.resume=none to start it anew",
+        )  # fmt: skip
+    return True
+
+
+def _train(plan: Plan, out: Path) -> None:
+    root = plan.root
+    device = devices.select(root.device)
+    torch.manual_seed(root.train.seed)
+    rank, world = start(device)
+    mesh = build_mesh(root.parallel, world, rank, heads=root.model.num_attention_heads)
+    largest = max(plan.buckets, key=lambda bucket: token_counts(root, plan.info, bucket).video)
+    micro = micro_batch_size(root, mesh.dp, token_counts(root, plan.info, largest).video)
+    if is_main_process():
+        _open_folder(plan, out)
+    accumulation = root.train.global_batch_size // (mesh.dp * micro)
+    get_logger().info(
+        "%s: %s, dp %d x sp %d x tp %d on %s, ZeRO-%d, %s, micro-batch %d x %d accumulated",
+        root.stage.name, ", ".join(b.name for b in plan.buckets), mesh.dp, mesh.sp, mesh.tp, device,
+        root.parallel.zero_stage, root.train.precision, micro, accumulation,
+    )  # fmt: skip
+    model = build_model(root, plan.weights)
+    engine = build_engine(
+        model, mesh, root.optim, precision=root.train.precision, parallel=root.parallel, micro_batch_size=micro,
+        accumulation_steps=accumulation, max_steps=root.train.max_steps, device=device,
+    )  # fmt: skip
+    source = build_source(plan, mesh, micro)
+    objective = build_objective(plan, source.null_text.to(device), mesh, device)
+    progress = _resume(root, out, engine, source)
+    recorder = Recorder(
+        build_sinks(root, progress.step) if is_main_process() else [],
+        JsonlSink(out / "ledger.jsonl", progress.step) if is_main_process() else None,
+        root.stage.name, root.train.max_steps, progress.step,
+    )  # fmt: skip
+
+    def save(now: Progress) -> None:
+        folder = out / "checkpoints" / f"step-{now.step:08d}"
+        extra = {"progress": asdict(now), "data": source.state_dict(), "config_hash": plan.manifest.config_hash}
+        engine.save(folder, extra, keep=root.train.keep_checkpoints)
+
+    def tokens(batch: Batch) -> int:
+        return token_counts(root, plan.info, batch.bucket).video
+
+    def flops(batch: Batch) -> int:
+        return 3 * flops_per_forward(root.model, token_counts(root, plan.info, batch.bucket))
+
+    try:
+        run(
+            engine, source, objective, root.train, recorder, progress=progress, save=save, tokens_per_clip=tokens,
+            flops_per_clip=flops, peak_flops=devices.peak_flops(device) * world, stage=root.stage.name,
+        )  # fmt: skip
+    finally:
+        recorder.close()
+        source.close()
+    export(engine, plan, out)
+
+
+def _open_folder(plan: Plan, out: Path) -> None:
+    """Creates the run folder; `train.resume=none` refuses to overwrite a run unless its folder is empty of checkpoints."""
+    out.mkdir(parents=True, exist_ok=True)
+    if plan.root.train.resume == "none":
+        for name in (MANIFEST, "metrics.jsonl", "ledger.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    OmegaConf.save(OmegaConf.structured(plan.root), out / "config.yaml")
+
+
+def _resume(root: TrainRoot, out: Path, engine: ZeroEngine, source: Any) -> Progress:
+    """Loads the checkpoint a configuration asks for and returns where it stands."""
+    if root.train.resume == "none":
+        return Progress()
+    if root.train.resume == "auto":
+        folder = engine.newest_checkpoint(out / "checkpoints")
+        if folder is None:
+            return Progress()
+    else:
+        folder = existing_folder(root.train.resume, "train.resume", "a checkpoint folder, auto or none")
+    extra = engine.load(folder)
+    source.load_state_dict(extra["data"])
+    get_logger().info("going on from %s", folder)
+    return Progress(**extra["progress"])
+
+
+def export(engine: ZeroEngine, plan: Plan, out: Path) -> None:
+    """Writes the EMA and the raw weights as diffusers transformer folders, then `stage.json`; every rank calls it."""
+    for which, folder in plan.manifest.weights.items():
+        stream = engine.state_tensors(ema=which == "ema")
+        if is_main_process():
+            write_transformer(stream, out / folder, plan.root.model)
+        else:
+            for _ in stream:  # gathering a parameter takes every rank
+                pass
+    if is_main_process():
+        plan.manifest.write(out)
+        get_logger().info("weights exported to %s", out / "export")

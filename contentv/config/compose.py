@@ -1,0 +1,147 @@
+"""Hydra overrides to a checked dataclass: unknown keys, wrong types and impossible values end as one clear message."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import contentv
+from contentv.base.errors import UserError, nearest
+from contentv.config.schema import ROOTS
+
+# What other frameworks call our keys: refused, with our name.
+ALIASES = {
+    "ulysses_size": "parallel.sp", "sp_size": "parallel.sp", "context_parallel_size": "parallel.sp",
+    "tp_size": "parallel.tp", "tensor_parallel_size": "parallel.tp", "zero_stage": "parallel.zero_stage",
+    "gradient_checkpointing": "parallel.recompute", "activation_checkpointing": "parallel.recompute",
+    "flow_shift": "timestep.shift", "shift": "timestep.shift", "timestep_sampling": "timestep",
+    "weighting_scheme": "timestep", "logit_mean": "timestep.mean", "logit_std": "timestep.std",
+    "resume_from_checkpoint": "train.resume", "max_train_steps": "train.max_steps", "max_steps": "train.max_steps",
+    "train_batch_size": "train.global_batch_size", "global_batch_size": "train.global_batch_size",
+    "micro_batch_size": "train.micro_batch_size", "gradient_accumulation_steps": "train.micro_batch_size",
+    "checkpointing_steps": "train.checkpoint_every", "save_interval": "train.checkpoint_every",
+    "mixed_precision": "train.precision", "learning_rate": "optim.lr", "lr": "optim.lr", "seed": "train.seed",
+    "max_grad_norm": "optim.grad_clip", "lr_warmup_steps": "optim.warmup_steps", "cfg_dropout": "text.dropout",
+    "report_to": "logger", "output_dir": "out", "num_frames": "frames", "pretrained_model_name_or_path": "init",
+    "data_path": "data.path", "dataset_path": "data.path",
+}  # fmt: skip
+
+
+def config_dir() -> Path:
+    """Returns the folder of YAML groups: the checkout's `conf/`, or the installed copy."""
+    checkout = Path(contentv.__file__).resolve().parent.parent / "conf"
+    if (checkout / "train.yaml").is_file():
+        return checkout
+    installed = Path(str(importlib.resources.files("contentv_conf")))
+    if not (installed / "train.yaml").is_file():
+        raise UserError("the configuration files are missing", where=str(installed), remedy="reinstall contentv")
+    return installed
+
+
+def groups(command: str) -> dict[str, list[str]]:
+    """Returns the choices of every group of a command, such as {"model": ["contentv_8b", "small", "tiny"]}."""
+    names = {"train": ("model", "stage", "timestep", "parallel", "optim", "reward"), "pipeline": ("pipeline",)}
+    found = {g: sorted(p.stem for p in (config_dir() / g).glob("*.yaml")) for g in names.get(command, ())}
+    return {group: choices for group, choices in found.items() if choices}
+
+
+def keys(root: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yields (dotted key, field, default) of every leaf key of a root configuration."""
+    instance = root()
+    for f in dataclasses.fields(root):
+        value = getattr(instance, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from keys(type(value), f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", f, value
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    for name, root in ROOTS.items():
+        store.store(name=f"{name}_schema", node=root)
+
+
+def compose_config(command: str, overrides: list[str]) -> DictConfig:
+    """Returns the composed configuration of a command, typed by its schema.
+
+    Raises:
+        UserError: a key is unknown, a value has the wrong type, or a group has no such choice.
+    """
+    for item in overrides:
+        _check_override(command, item)
+    _register()
+    GlobalHydra.instance().clear()
+    yaml = config_dir() / f"{command}.yaml"
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            return compose(command if yaml.is_file() else f"{command}_schema", overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explain(command, overrides, error) from None
+
+
+def load_config(command: str, overrides: list[str]) -> Any:
+    """Returns the command's root dataclass, range checks done."""
+    return to_object(compose_config(command, overrides))
+
+
+def to_object(config: DictConfig) -> Any:
+    """Returns the dataclass of a composed configuration; the checks of every `__post_init__` run here."""
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(_first_line(error), where="configuration", remedy="see --help for the keys") from None
+
+
+def _check_override(command: str, item: str) -> None:
+    key, sign, _ = item.partition("=")
+    if not sign:
+        raise UserError(
+            f'"{item}" is not of the form key=value', where=f"contentv {command}", remedy="see --help for the keys"
+        )
+    if item.startswith(("+", "~")):
+        raise UserError(
+            f'"{item}" would change the set of keys', where=f"contentv {command}", remedy="use key=value alone"
+        )
+    known = {k for k, _, _ in keys(ROOTS[command])}
+    choices = groups(command)
+    if key in known or key in choices or any(known_key.startswith(f"{key}.") for known_key in known):
+        if key in choices and item.partition("=")[2] not in choices[key]:
+            raise UserError(
+                f'there is no {key}={item.partition("=")[2]}', where=f"contentv {command}",
+                remedy=f"use one of: {', '.join(choices[key])}. {nearest(item.partition('=')[2], choices[key])}".strip(),
+            )  # fmt: skip
+        return
+    if any(key.startswith(f"{k}.") for k in known if k.endswith(("_weights",))):
+        return
+    alias = ALIASES.get(key.rpartition(".")[2])
+    hint = f'did you mean "{alias}"?' if alias in {*known, *choices} else nearest(key, [*known, *choices])
+    remedy = hint or f"`contentv {command} --help` lists the keys"
+    raise UserError(f'unknown key "{key}"', where=f"contentv {command}", remedy=remedy)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _explain(command: str, overrides: list[str], error: BaseException) -> UserError:
+    cause: BaseException = error.__cause__ or error
+    text = re.sub(r"\s+", " ", _first_line(cause))
+    key = getattr(cause, "full_key", None) or next((o.partition("=")[0] for o in overrides if o in str(error)), "")
+    where = f"contentv {command}" + (f", key {key}" if key else "")
+    return UserError(text, where=where, remedy=f"`contentv {command} --help` lists keys, types and defaults")

@@ -1,0 +1,58 @@
+"""A pipeline configuration to launchable stages; every stage's configuration is checked before the first starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+from contentv.base.errors import UserError
+from contentv.config.compose import load_config
+from contentv.config.schema import PipelineConfig, TrainRoot
+from contentv.train.pipeline import StageRun, local_launcher
+
+# Keys that change where or how a run is shown, not what it computes.
+NOT_HASHED = ("out", "init", "logger", "wandb", "device")
+NOT_HASHED_LOOP = ("resume", "log_every", "checkpoint_every", "keep_checkpoints")
+
+
+def config_hash(root: TrainRoot) -> str:
+    """Returns a digest of everything in a configuration that changes what a run computes."""
+    values = {key: value for key, value in asdict(root).items() if key not in NOT_HASHED}
+    values["train"] = {key: value for key, value in values["train"].items() if key not in NOT_HASHED_LOOP}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def launcher_of(config: PipelineConfig) -> list[str]:
+    """Returns the command that stages are launched with."""
+    return shlex.split(config.launcher) if config.launcher else local_launcher(config.nproc)
+
+
+def build_graph(config: PipelineConfig, out: Path) -> list[StageRun]:
+    """Returns the stages in order, each with the overrides it will be launched with.
+
+    Raises:
+        UserError: the graph is empty, a name stands twice, a predecessor is unknown or comes later, or a stage's
+            configuration is wrong.
+    """
+    if not config.stages:
+        raise UserError("the pipeline has no stages", where="pipeline.stages", remedy="choose a pipeline= that has some")
+    runs: list[StageRun] = []
+    for node in config.stages:
+        name = node.name or node.stage
+        known = [run.name for run in runs]
+        if name in known:
+            raise UserError(f'stage "{name}" stands twice', where="pipeline.stages", remedy="give each its own name")
+        if node.init and node.init not in known:
+            raise UserError(
+                f'stage "{name}" starts from "{node.init}", which no stage before it is called', where="pipeline.stages",
+                remedy=f"use one of: {', '.join(known) or '(none: it is the first)'}",
+            )  # fmt: skip
+        overrides = [f"stage={node.stage}", *config.overrides, *node.overrides, f"out={out / name}"]
+        if node.init:
+            overrides.append(f"init={out / node.init}")
+        root = load_config("train", overrides)
+        runs.append(StageRun(name, out / name, tuple(overrides), config_hash(root)))
+    return runs

@@ -1,0 +1,152 @@
+"""What a run starts from: folders of weights, the frozen VAE and text encoders, datasets. Everything is checked first."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from contentv.base.errors import UserError
+from contentv.base.types import Bucket
+from contentv.config.schema import TrainRoot
+from contentv.data import DatasetInfo, read_metas
+from contentv.models.io import read_config
+from contentv.models.mmdit import MMDiTConfig
+from contentv.train.manifest import MANIFEST, StageManifest
+
+SD3_CLASS = "SD3Transformer2DModel"
+VIDEO_CLASS = "SD3Transformer3DModel"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a transformer's weights lie (None: random weights) and what is known about how they were made."""
+
+    folder: Path | None
+    manifest: StageManifest
+
+
+def existing_folder(path: str, key: str, what: str) -> Path:
+    """Returns the folder a key names.
+
+    Raises:
+        UserError: the key is empty, or there is no such folder.
+    """
+    if not path:
+        raise UserError(f"{key} is not set", where=key, remedy=f"name {what}, {key}=DIR")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f'"{path}" is not a folder', where=key, remedy=f"name {what}")
+    return folder
+
+
+def resolve_weights(path: str, which: str, key: str = "init") -> Weights:
+    """Returns the transformer folder behind a run folder, a pipeline folder or a transformer folder.
+
+    Args:
+        path: the folder, or `none` for random weights.
+        which: ema or raw, for run folders.
+        key: the configuration key, for messages.
+
+    Raises:
+        UserError: the folder is none of these.
+    """
+    if path == "none":
+        return Weights(None, StageManifest("none", {}))
+    folder = existing_folder(path, key, "a diffusers folder, a run folder, or none")
+    if (folder / MANIFEST).is_file():
+        manifest = StageManifest.read(folder)
+        if which not in manifest.weights:
+            raise UserError(
+                f"this run has no {which} weights (it has: {', '.join(manifest.weights)})", where=str(folder),
+                remedy="choose another with init_weights= (train) or weights= (sample)",
+            )  # fmt: skip
+        return Weights(folder / manifest.weights[which], manifest)
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        StageManifest.read(folder)  # says that the run has not finished
+    inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    if not (inner / "config.json").is_file():
+        raise UserError(
+            "holds no transformer (no config.json, no transformer/ inside, no stage.json)", where=f"{key}={path}",
+            remedy="name a diffusers folder (SD3, SD3.5, ContentV) or a finished run",
+        )  # fmt: skip
+    raw = json.loads((inner / "config.json").read_text(encoding="utf-8"))
+    stages = {SD3_CLASS: "sd3", VIDEO_CLASS: "diffusers"}
+    if raw.get("_class_name") not in stages:
+        raise UserError(
+            f'config.json is of class "{raw.get("_class_name")}"', where=str(inner),
+            remedy=f"a transformer of class {SD3_CLASS} or {VIDEO_CLASS} is needed",
+        )  # fmt: skip
+    return Weights(inner, StageManifest(stages[raw["_class_name"]], asdict(read_config(inner)), shift=_shift(folder)))
+
+
+def _shift(folder: Path) -> float:
+    path = folder / "scheduler" / "scheduler_config.json"
+    return float(json.loads(path.read_text(encoding="utf-8")).get("shift", 0.0)) if path.is_file() else 0.0
+
+
+def choose_buckets(root: TrainRoot, info: DatasetInfo) -> list[Bucket]:
+    """Returns the buckets a stage trains on: `data.buckets`, or those `stage.buckets` describes, smallest first.
+
+    Raises:
+        UserError: the dataset has none of them.
+    """
+    there = sorted((Bucket.parse(name) for name in info.bucket_samples), key=lambda b: b.frames * b.height * b.width)
+    if root.data.buckets:
+        wanted = [_parse(name) for name in root.data.buckets]
+        missing = [b.name for b in wanted if b not in there]
+        if missing:
+            raise UserError(
+                f"the dataset has no bucket {', '.join(missing)}", where="data.buckets",
+                remedy=f"it has: {', '.join(b.name for b in there)}",
+            )  # fmt: skip
+        return wanted
+    video = [b for b in there if b.frames > 1]
+    choices = {
+        "image": [b for b in there if b.frames == 1],
+        "lowest": video[:1],
+        "highest": video[-1:],
+        "video": video,
+        "all": there,
+    }
+    chosen = choices[root.stage.buckets]
+    if not chosen:
+        raise UserError(
+            f"the dataset has no clips for stage {root.stage.name} (stage.buckets={root.stage.buckets}; "
+            f"it has: {', '.join(b.name for b in there) or 'nothing'})",
+            where=f"data.path={root.data.path}",
+            remedy="curate again with a fitting bucket, or name one with data.buckets=[...]",
+        )
+    return chosen
+
+
+def _parse(name: str) -> Bucket:
+    try:
+        return Bucket.parse(name)
+    except ValueError as error:
+        raise UserError(str(error), where="data.buckets", remedy="dataset.json lists the buckets") from None
+
+
+def clip_fps(info: DatasetInfo) -> float:
+    """Returns the frame rate of the dataset's first video clip (0 when there is none among the first thousand)."""
+    first = itertools.islice(read_metas(info.path), 1000)
+    return next((float(meta["fps"]) for meta in first if meta.get("kind") == "video"), 0.0)
+
+
+def check_data_fits(model: MMDiTConfig, info: DatasetInfo, path: str) -> None:
+    """Refuses a dataset whose latents or text embeddings do not have the model's widths.
+
+    Raises:
+        UserError: a width differs; the message names both.
+    """
+    for key, ours, theirs, what in (
+        ("model.in_channels", model.in_channels, info.vae.latent_channels, "latent channels"),
+        ("model.joint_attention_dim", model.joint_attention_dim, info.text.token_width, "text token width"),
+        ("model.pooled_projection_dim", model.pooled_projection_dim, info.text.pooled_width, "pooled text width"),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"the dataset's {what} is {theirs}, the model's is {ours}", where=f"data.path={path}",
+                remedy=f"use the model= this dataset was made for ({key}={theirs}), or curate again",
+            )  # fmt: skip

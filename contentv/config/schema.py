@@ -1,0 +1,218 @@
+"""The root configurations: every key a user can type, composed from the dataclasses of the components."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from contentv.base.errors import UserError
+from contentv.curation.curate import CurateConfig
+from contentv.curation.synth import SynthConfig
+from contentv.data import DataConfig
+from contentv.diffusion.timesteps import TimestepConfig
+from contentv.engine.optim import OptimConfig
+from contentv.models.mmdit import MMDiTConfig
+from contentv.objectives.reward import RewardConfig
+from contentv.parallel.mesh import ParallelConfig
+from contentv.train.loop import LoopConfig
+from contentv.train.manifest import StageConfig
+
+LOGGERS = ("jsonl", "wandb", "tensorboard")
+DEVICES = ("auto", "cuda", "npu", "cpu")
+MODES = ("offline", "online", "disabled")
+
+
+def doc(default: Any, text: str) -> Any:
+    """Returns a dataclass field with a default and a help line (meaning, unit, range)."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def require(ok: bool, key: str, value: object, remedy: str) -> None:
+    """Raises a UserError naming the key and its value unless `ok`."""
+    if not ok:
+        raise UserError(f"{key}={value} is not possible", where=key, remedy=remedy)
+
+
+@dataclass
+class TextConfig:
+    """The frozen text encoders and how captions are used."""
+
+    path: str = doc("", "folder with text_encoder*/ and tokenizer*/ (transformers); needed to curate and to sample")
+    dropout: float = doc(0.1, "probability of training a clip without its caption, for guidance; 0..1")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout <= 1, "text.dropout", self.dropout, "use a probability between 0 and 1")
+
+
+@dataclass
+class VAEConfig:
+    """The frozen video VAE."""
+
+    path: str = doc("", "folder of a diffusers AutoencoderKLWan; needed to curate, to sample and for RLHF")
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str = doc("contentv", "project name")
+    mode: str = doc("offline", "offline | online | disabled; offline runs can be synced later")
+
+    def __post_init__(self) -> None:
+        require(self.mode in MODES, "wandb.mode", self.mode, f"use one of {', '.join(MODES)}")
+
+
+@dataclass
+class TrainRoot:
+    """`contentv train`: one stage."""
+
+    model: MMDiTConfig = field(default_factory=MMDiTConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    timestep: TimestepConfig = field(default_factory=TimestepConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    init: str = doc("none", "weights to start from: a diffusers folder (SD3, SD3.5, ContentV), a run folder, or none")
+    init_weights: str = doc("ema", "ema | raw: which weights of a run folder to start from")
+    logger: str = doc("jsonl", "jsonl | wandb | tensorboard; metrics.jsonl is always written")
+    device: str = doc("auto", "auto | cuda | npu | cpu")
+    out: str = doc("outputs/run", "run folder")
+
+    def __post_init__(self) -> None:
+        require(self.logger in LOGGERS, "logger", self.logger, f"use one of {', '.join(LOGGERS)}")
+        require(self.device in DEVICES, "device", self.device, f"use one of {', '.join(DEVICES)}")
+        require(self.init_weights in ("ema", "raw"), "init_weights", self.init_weights, "use ema or raw")
+        require(bool(self.out), "out", '""', "name a folder for the run, out=DIR")
+
+
+@dataclass
+class StageNode:
+    """One stage of a pipeline: its name, the stage it runs, its predecessor, and its own overrides."""
+
+    name: str = ""
+    stage: str = ""
+    init: str = doc("", "name of the stage whose weights it starts from; empty = the `init=` of its overrides")
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PipelineConfig:
+    """The stage graph and how each stage is launched."""
+
+    launcher: str = doc("", "command put before `-m contentv train ...`, such as `torchrun --nproc-per-node 8`; "
+                            "empty = torchrun with `nproc` processes on this machine")  # fmt: skip
+    nproc: int = doc(1, "processes on this machine when no launcher is given; 1 or more")
+    overrides: list[str] = doc([], "overrides of every stage")
+    stages: list[StageNode] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(self.nproc >= 1, "pipeline.nproc", self.nproc, "use 1 or more")
+
+
+@dataclass
+class PipelineRoot:
+    """`contentv pipeline`: the stages one after another."""
+
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    out: str = doc("outputs/pipeline", "folder of the whole pipeline; one run folder per stage inside")
+
+
+@dataclass
+class SampleConfig:
+    """`contentv sample`: prompts to videos."""
+
+    checkpoint: str = doc("", "run folder, checkpoint folder or diffusers folder")
+    weights: str = doc("ema", "ema | raw: which weights of a run folder")
+    prompt: str = doc("", "one prompt")
+    prompts: str = doc("", "text file with one prompt a line")
+    negative_prompt: str = doc("", "what guidance pushes away from")
+    out: str = doc("sample.mp4", "an .mp4 file for one prompt, a folder for many")
+    frames: int = doc(0, "frames, 4k+1; 0 = the largest bucket the checkpoint was trained on")
+    height: int = doc(0, "pixels, a multiple of 16; 0 = as frames")
+    width: int = doc(0, "pixels, a multiple of 16; 0 = as frames")
+    fps: float = doc(0.0, "frames per second of the written file; 0 = as the training clips")
+    steps: int = doc(50, "solver steps; 1 or more")
+    guidance_scale: float = doc(6.0, "classifier-free guidance; 1 = off")
+    shift: float = doc(0.0, "timestep shift; 0 = the shift the checkpoint was trained with")
+    seed: int = doc(0, "seed of the initial noise; prompt i of a file uses its line number as a second key")
+    batch_size: int = doc(8, "videos sampled at once on a rank; 1 or more")
+    device: str = doc("auto", "auto | cuda | npu | cpu")
+    precision: str = doc("fp32", "fp32 | bf16: the transformer's; the VAE runs in fp32")
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "use 1 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
+        require(self.shift >= 0, "shift", self.shift, "use a positive number, or 0 for the trained shift")
+        require(self.weights in ("ema", "raw"), "weights", self.weights, "use ema or raw")
+        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "use fp32 or bf16")
+
+
+@dataclass
+class CurateRoot(CurateConfig):
+    """`contentv curate`: video and image files with captions to a dataset of shards."""
+
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    device: str = doc("auto", "auto | cuda | npu | cpu")
+
+
+@dataclass
+class SynthRoot(SynthConfig):
+    """`contentv synth`: procedural captioned clips."""
+
+    out: str = doc("outputs/synth", "folder to write into")
+
+
+@dataclass
+class DemoConfig:
+    """`contentv demo`: the whole product on this machine."""
+
+    out: str = doc("demo-out", "folder of the demo")
+    clips: int = doc(480, "synthetic source clips; 16 or more")
+    nproc: int = doc(2, "torchrun processes; 2 shows sequence parallelism")
+    prompts: int = doc(96, "prompts sampled for the measurement; 16 or more")
+    seed: int = doc(0, "seed of everything")
+    sample_steps: int = doc(20, "solver steps of the samples")
+    guidance_scale: float = doc(3.0, "classifier-free guidance of the samples")
+    pipeline: str = doc("demo", "name of the stage graph in conf/pipeline")
+    overrides: list[str] = doc([], "training overrides for every stage, such as [train.seed=1]")
+
+    def __post_init__(self) -> None:
+        require(self.clips >= 16, "clips", self.clips, "use 16 or more")
+        require(self.prompts >= 16, "prompts", self.prompts, "use 16 or more")
+        require(self.nproc >= 1, "nproc", self.nproc, "use 1 or more")
+
+
+@dataclass
+class ReportConfig:
+    """`contentv report`: one HTML page about a run, a dataset or a demo."""
+
+    path: str = doc("", "run folder, dataset folder or demo folder")
+
+
+@dataclass
+class DoctorConfig:
+    """`contentv doctor`: what this machine has."""
+
+    json: bool = doc(False, "print one JSON object instead of a table")
+
+
+ROOTS: dict[str, type] = {
+    "train": TrainRoot,
+    "pipeline": PipelineRoot,
+    "sample": SampleConfig,
+    "curate": CurateRoot,
+    "synth": SynthRoot,
+    "demo": DemoConfig,
+    "report": ReportConfig,
+    "doctor": DoctorConfig,
+}

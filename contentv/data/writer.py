@@ -1,0 +1,321 @@
+"""Writing a dataset: samples into the shards of their buckets, then quality.json, and dataset.json last."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+from jaxtyping import Float
+from torch import Tensor
+
+from contentv.base.errors import UserError
+from contentv.base.log import get_logger
+from contentv.base.types import Bucket, TextCond
+from contentv.data.dataset import (
+    DATASET_FILE,
+    NULL_TEXT_FILE,
+    SHARDS_FOLDER,
+    DatasetInfo,
+    ShardInfo,
+    TextInfo,
+    VaeInfo,
+    null_text_bytes,
+)
+from contentv.data.files import disk_errors, write_atomic
+from contentv.data.index import DamagedShardError, IndexEntry, scan_tar
+from contentv.data.quality import write_quality
+from contentv.data.sample import BadSampleError, SampleShapes, encode_meta, encode_tensors
+from contentv.data.shards import MAX_KEY_LENGTH, ShardWriter, index_path, member_bytes, read_index
+
+_KEY = re.compile(r"[A-Za-z0-9_\-]+", re.ASCII)
+_NUMBERED = re.compile(r"(\d+)\.tar(\.tmp)?")
+
+
+class DatasetWriter:
+    """Writes a dataset, or appends to one; readers see the result of `close` (or `flush`) and nothing before it.
+
+    Use it as a context manager: leaving the block closes the dataset, leaving it by an exception abandons what was
+    added since the last `flush`.
+
+    Args:
+        path: the dataset's folder.
+        vae: the VAE that made the latents; must be the existing dataset's when appending.
+        text: the text encoders that made the captions' vectors; likewise.
+        null_text: the encoding of "", one row.
+        max_shard_bytes: a shard whose samples would grow past this size is finished and a new one begun.
+
+    Raises:
+        UserError: another writer is at work here, the folder cannot be written, or the dataset was made with other
+            encoders.
+    """
+
+    def __init__(
+        self, path: str | Path, vae: VaeInfo, text: TextInfo, null_text: TextCond, max_shard_bytes: int = 1 << 30
+    ) -> None:
+        self._root = Path(path)
+        self._max_shard_bytes = max_shard_bytes
+        self._null_text = null_text_bytes(null_text, text)
+        self._writers: dict[str, ShardWriter] = {}
+        self._scores: list[tuple[str, float | None, float | None]] = []
+        self._keys: set[str] = set()
+        self._unsaved = False
+        with disk_errors(self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._root)
+        try:
+            self._info = self._open(vae, text)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open(self, vae: VaeInfo, text: TextInfo) -> DatasetInfo:
+        for leftover in sorted(self._root.glob(f"{SHARDS_FOLDER}/*/*.tmp")):
+            leftover.unlink()  # of a writer that was killed: the lock says none is alive
+        if not (self._root / DATASET_FILE).exists():
+            return DatasetInfo(self._root, vae, text)
+        info = DatasetInfo.load(self._root)
+        for name, old, new in (("VAE", info.vae, vae), ("text encoders", info.text, text)):
+            if old != new:
+                raise UserError(
+                    f"the dataset was made with other {name}: {old}, not {new}",
+                    where=str(self._root / DATASET_FILE),
+                    remedy="write to another folder, or use the same encoders",
+                )
+        for shard in info.shards:
+            self._admit(_index(info, shard), shard.name)
+        listed = {info.shard_path(shard) for shard in info.shards}
+        unlisted = [path for path in self._root.glob(f"{SHARDS_FOLDER}/*/*.tar") if path not in listed]
+        if unlisted:
+            get_logger().warning(f"{self._root}: {len(unlisted)} tars are not in dataset.json; see adopt_shards()")
+        return info
+
+    @property
+    def info(self) -> DatasetInfo:
+        """The record of the dataset, as of the shards finished so far."""
+        return self._info
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the dataset, or what was added to it here, has a sample of this key."""
+        return key in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(
+        self,
+        key: str,
+        meta: Mapping[str, Any],
+        latents: Float[Tensor, "c t h w"],
+        text_tokens: Float[Tensor, "l d"],
+        text_pooled: Float[Tensor, " p"],
+        bucket: Bucket,
+        media: bytes | None = None,
+        media_suffix: str = "mp4",
+    ) -> None:
+        """Adds one sample.
+
+        Args:
+            key: unique in the dataset; letters, digits, `_` and `-`.
+            meta: the fields of KEY.json but `key` and `media_xxh128`; scores may be absent, None or NaN.
+            latents: before mean/std normalisation; bf16, fp16 or fp32, like the text vectors.
+            text_tokens: the encoded caption.
+            text_pooled: its pooled vector.
+            bucket: the clip's shape in pixels.
+            media: the encoded clip itself, kept for people to look at.
+            media_suffix: mp4 or jpg.
+
+        Raises:
+            UserError: the key is taken or malformed, a field or tensor is not what the dataset allows, or the disk is
+                full.
+        """
+        self._check_key(key)
+        if media is not None and media_suffix not in ("mp4", "jpg"):
+            raise UserError(f'media suffix "{media_suffix}" is not mp4 or jpg', where=key)
+        fields = {"media_xxh128": None, **meta, "key": key}
+        payloads = {} if media is None else {media_suffix: media}
+        if media is not None:
+            fields["media_xxh128"] = xxhash.xxh128_hexdigest(media)
+        try:
+            shapes = SampleShapes.of(self._info.vae.latent_shape(bucket), self._info.text)
+            payloads["json"] = encode_meta(fields)
+            payloads["safetensors"] = encode_tensors(latents, text_tokens, text_pooled, shapes)
+        except (BadSampleError, ValueError) as error:
+            raise UserError(f"sample {key}: {error}", where=str(self._root)) from error
+        entry = IndexEntry(key, {}, fields["source"], _score(fields, "visual_raw"), _score(fields, "motion_raw"))
+        needed = sum(member_bytes(len(data)) for data in payloads.values())
+        self._writer(bucket.name, needed).add(entry, payloads)
+        self._admit([entry], bucket.name)
+        self._unsaved = True
+
+    def _check_key(self, key: str) -> None:
+        if key in self._keys:
+            raise UserError(f'key "{key}" is already in the dataset', where=str(self._root), remedy="give it another")
+        if not _KEY.fullmatch(key) or len(key) > MAX_KEY_LENGTH:
+            raise UserError(
+                f'key "{key}" is not usable',
+                where=str(self._root),
+                remedy=f"use 1 to {MAX_KEY_LENGTH} letters, digits, _ and -",
+            )
+
+    def _admit(self, entries: list[IndexEntry], where: str) -> None:
+        for entry in entries:
+            if entry.key in self._keys:
+                raise UserError(f'key "{entry.key}" is there twice', where=where, remedy="remove one of the shards")
+            self._keys.add(entry.key)
+            if entry.source is not None:
+                self._scores.append((entry.source, entry.visual_raw, entry.motion_raw))
+
+    def _writer(self, bucket: str, sample_bytes: int) -> ShardWriter:
+        """Returns the bucket's open shard, a new one where the sample would overfill it."""
+        writer = self._writers.get(bucket)
+        if writer is not None and writer.num_bytes + sample_bytes > self._max_shard_bytes:
+            self._finish(bucket)
+            writer = None
+        if writer is None:
+            folder = self._root / SHARDS_FOLDER / bucket
+            with disk_errors(self._root):
+                folder.mkdir(parents=True, exist_ok=True)
+            numbers = [int(m[1]) for m in (_NUMBERED.fullmatch(entry) for entry in os.listdir(folder)) if m]
+            writer = self._writers[bucket] = ShardWriter(folder / f"{max(numbers, default=-1) + 1:06d}.tar")
+        return writer
+
+    def _finish(self, bucket: str) -> None:
+        writer = self._writers.pop(bucket)
+        self._info.shards.append(writer.finish(f"{bucket}/{writer.path.name}"))
+
+    def adopt_shards(self) -> list[str]:
+        """Takes over the tars below shards/<bucket>/ that dataset.json does not list, and returns their names.
+
+        They may be others' WebDataset tars with KEY.json and KEY.safetensors, or finished shards of a writer that was
+        killed. Their index is made; what is wrong with single samples shows when they are read.
+
+        Raises:
+            UserError: a tar is damaged, its folder is not a bucket of the VAE, or a key is there twice.
+        """
+        listed = {shard.name for shard in self._info.shards}
+        open_paths = {writer.path for writer in self._writers.values()}
+        adopted = []
+        for path in sorted((self._root / SHARDS_FOLDER).glob("*/*.tar")):
+            name = f"{path.parent.name}/{path.name}"
+            if name not in listed and path not in open_paths:
+                self._adopt(path, name)
+                adopted.append(name)
+        return adopted
+
+    def _adopt(self, path: Path, name: str) -> None:
+        try:
+            self._info.latent_shape(path.parent.name)
+            scan = scan_tar(path)
+            shard = ShardInfo(name, len(scan.index.entries), scan.index.num_bytes, scan.xxh128)
+        except ValueError as error:
+            raise UserError(str(error), where=str(path), remedy="move the tar to its bucket's folder") from error
+        if scan.damage is not None:
+            raise UserError(scan.damage, where=str(path), remedy="restore the tar from a copy, or remove it")
+        for reason in scan.refused:
+            get_logger().warning(f"{name}: left out {reason}")
+        self._admit(scan.index.entries, name)
+        index = scan.index.to_bytes()
+        shard.index_xxh128 = xxhash.xxh128_hexdigest(index)
+        with disk_errors(path.parent):
+            write_atomic(index_path(path), index)
+        self._info.shards.append(shard)
+        self._unsaved = True
+
+    def flush(self) -> None:
+        """Finishes the open shards and makes everything added so far part of the dataset."""
+        for bucket in list(self._writers):
+            self._finish(bucket)
+        if not self._info.samples:
+            raise UserError(
+                "no sample was written, so there is no dataset",
+                where=str(self._root),
+                remedy="check that the input has clips and that the filters leave some",
+            )
+        if not self._unsaved:
+            return
+        self._info.sources = {}
+        for source, _, _ in self._scores:
+            self._info.sources[source] = self._info.sources.get(source, 0) + 1
+        with disk_errors(self._root):
+            write_atomic(self._root / NULL_TEXT_FILE, self._null_text)
+            write_quality(self._root, self._scores)
+            self._info.write()
+        self._unsaved = False
+
+    def close(self) -> None:
+        """Completes the dataset and lets other writers at it; does nothing the second time."""
+        if self._lock >= 0:
+            try:
+                self.flush()
+            finally:
+                self.abandon()
+
+    def abandon(self) -> None:
+        """Removes unfinished shards and leaves the dataset as of the last `flush`."""
+        for writer in self._writers.values():
+            writer.abort()
+        self._writers.clear()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+def refit_quality(path: str | Path) -> None:
+    """Fits quality.json again to the raw scores in a dataset's shards, which stay as they are.
+
+    Raises:
+        UserError: there is no dataset, or a writer is at work on it.
+    """
+    info = DatasetInfo.load(path)
+    lock = _lock(info.path)
+    try:
+        entries = [entry for shard in info.shards for entry in _index(info, shard)]
+        with disk_errors(info.path):
+            write_quality(info.path, [(e.source, e.visual_raw, e.motion_raw) for e in entries if e.source is not None])
+    finally:
+        os.close(lock)
+
+
+def _index(info: DatasetInfo, shard: ShardInfo) -> list[IndexEntry]:
+    """Returns what a listed shard holds; a damaged one is an error here, as a dataset is not extended around damage."""
+    try:
+        return read_index(info.shard_path(shard), shard).entries
+    except DamagedShardError as error:
+        raise UserError(str(error), where=str(info.shard_path(shard)), remedy="restore it from a copy") from error
+
+
+def _lock(folder: Path) -> int:
+    """Returns a descriptor of the folder that holds its only writer's lock until it is closed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            "another process is writing this dataset", where=str(folder), remedy="wait for it, or write elsewhere"
+        ) from error
+    except OSError as error:
+        get_logger().warning(f"{folder}: this disk has no locks ({error}); run one writer at a time")
+    return descriptor
+
+
+def _score(fields: Mapping[str, Any], name: str) -> float | None:
+    value = fields.get(name)
+    return None if value is None or value != value else float(value)

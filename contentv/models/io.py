@@ -1,0 +1,307 @@
+"""Transformer weights on disk: diffusers folders of Stable Diffusion 3, 3.5 and ContentV, read and written.
+
+A folder holds config.json and either one safetensors file or several with an index. Reading is strict both ways: a
+tensor too few, too many or of another shape is an error that names it. The one exception is the two-dimensional
+position table of the image models, which has no place in a video model and is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from contentv.base.errors import UserError
+from contentv.base.log import get_logger
+from contentv.models.folders import WEIGHTS, iterate_weights, read_json, write_json
+from contentv.models.mmdit import MMDiT, MMDiTConfig, init_parameter
+
+CONFIG = "config.json"
+INDEX = f"{WEIGHTS}.index.json"
+VIDEO_CLASS = "SD3Transformer3DModel"
+IMAGE_CLASS = "SD3Transformer2DModel"
+IMAGE_POSITIONS = "pos_embed.pos_embed"
+IO_LAYERS = ("pos_embed.proj.", "proj_out.")  # what touches the VAE's latents
+NAMES_SHOWN = 8
+
+# What diffusers' image class assumes when config.json leaves a key out.
+IMAGE_DEFAULTS: dict[str, Any] = {
+    "num_layers": 18, "num_attention_heads": 18, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
+    "patch_size": 2, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": None,
+}  # fmt: skip
+
+
+def read_config(folder: str | Path) -> MMDiTConfig:
+    """Returns the transformer's shape as `folder`/config.json describes it.
+
+    Args:
+        folder: a diffusers transformer folder.
+
+    Raises:
+        UserError: the file is missing, unreadable, of another class, or asks for parts this model does not have.
+    """
+    path = Path(folder) / CONFIG
+    raw = read_json(path)
+    kind = raw.get("_class_name")
+    if kind not in (VIDEO_CLASS, IMAGE_CLASS):
+        raise UserError(
+            f'a transformer of class "{kind}"',
+            where=str(path),
+            remedy=f"use the transformer folder of an SD3, SD3.5 or ContentV model ({IMAGE_CLASS} or {VIDEO_CLASS})",
+        )
+    if raw.get("dual_attention_layers"):
+        raise UserError(
+            f"dual attention in the layers {raw['dual_attention_layers']}, which this model does not have",
+            where=str(path),
+            remedy="use a model without them, such as SD3.5 Large (SD3.5 Medium has them)",
+        )
+    defaults = IMAGE_DEFAULTS if kind == IMAGE_CLASS else asdict(MMDiTConfig())
+    values = {key: raw.get(key, default) for key, default in defaults.items()}
+    if values["out_channels"] is None:
+        values["out_channels"] = values["in_channels"]
+    wrong = [k for k, v in values.items() if k != "qk_norm" and (not isinstance(v, int) or isinstance(v, bool))]
+    if wrong:
+        raise UserError(f"no whole number in {', '.join(wrong)}", where=str(path), remedy="fetch the file again")
+    config = MMDiTConfig(**values)
+    text_width = raw.get("caption_projection_dim", config.inner_dim)
+    if text_width != config.inner_dim:
+        raise UserError(
+            f"caption_projection_dim {text_width} differs from the model's width {config.inner_dim}",
+            where=str(path),
+            remedy="text and video tokens of this model have one width: use another folder",
+        )
+    return config
+
+
+def iterate_state(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of the transformer's weights on the CPU as stored, one tensor in memory at a time.
+
+    An image model's position table is left out.
+
+    Args:
+        folder: a diffusers transformer folder; its weights are one safetensors file or several with an index.
+
+    Raises:
+        UserError: there are no safetensors weights, or they are damaged.
+    """
+    for name, tensor in iterate_weights(Path(folder), WEIGHTS):
+        if name != IMAGE_POSITIONS:
+            yield name, tensor
+
+
+def read_state(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Returns all weights of a transformer folder, without an image model's position table.
+
+    Args:
+        folder: a diffusers transformer folder.
+        dtype: what to convert to; None keeps what is stored.
+
+    Raises:
+        UserError: there are no safetensors weights, they are damaged, or a name occurs twice.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in iterate_state(folder):
+        if name in state:
+            raise UserError(f'"{name}" is stored twice', where=str(folder), remedy="fetch the folder again")
+        state[name] = tensor if dtype is None else tensor.to(dtype)
+    return state
+
+
+def read_transformer(
+    folder: str | Path, dtype: torch.dtype | None = None, config_check: MMDiTConfig | None = None
+) -> MMDiT:
+    """Returns the transformer stored in a diffusers folder of SD3, SD3.5 or ContentV, on the CPU.
+
+    Args:
+        folder: holds config.json and safetensors weights.
+        dtype: what to convert the weights to; None keeps what is stored.
+        config_check: the shape that the caller expects; None takes whatever the folder has.
+
+    Raises:
+        UserError: the folder is no such model, has another shape, or tensors are missing, unknown or misshapen.
+    """
+    config = read_config(folder)
+    if config_check is not None:
+        _check_same(config, config_check, str(folder))
+    return _assemble(config, read_state(folder, dtype), str(folder))
+
+
+def adapt_image_transformer(
+    folder: str | Path,
+    config: MMDiTConfig | None = None,
+    *,
+    reinit_io: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> MMDiT:
+    """Returns a video transformer that starts from an image transformer's weights.
+
+    The image model's two-dimensional position table is dropped for the fixed three-dimensional code and everything
+    else is kept, as ContentV reports doing. Its patch embedding and output layer were trained on another VAE's
+    latents: they are what has most to learn.
+
+    Args:
+        folder: a diffusers transformer folder of SD3 or SD3.5.
+        config: the shape wanted; None takes the folder's. Channels may differ from the folder's only with `reinit_io`.
+        reinit_io: starts the patch embedding and the output layer anew, for a VAE whose latents have nothing in common
+            with the old one's. An option of this project, not of the paper.
+        seed: of the new layers' weights.
+        dtype: what to convert the weights to; None keeps what is stored.
+
+    Raises:
+        UserError: as `read_transformer`.
+
+    Source: Lin et al. 2025 (arXiv 2506.05343).
+    """
+    stored = read_config(folder)
+    wanted = stored if config is None else config
+    free = ("in_channels", "out_channels", "patch_size") if reinit_io else ()
+    _check_same(stored, wanted, str(folder), free)
+    state = read_state(folder, dtype)
+    if reinit_io:
+        with torch.device("meta"):
+            shapes = MMDiT(wanted).state_dict()
+        kept_dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
+        for name, shape in shapes.items():
+            if name.startswith(IO_LAYERS):
+                state[name] = torch.empty(shape.shape, dtype=kept_dtype)
+                init_parameter(name, state[name], seed)
+    ends = "started anew" if reinit_io else "kept"
+    get_logger().info(f"video model from the image model in {folder}: patch embedding and output layer {ends}")
+    return _assemble(wanted, state, str(folder))
+
+
+def write_transformer(
+    source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    folder: str | Path,
+    config: MMDiTConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a transformer as a diffusers folder (config.json and safetensors, several with an index when large).
+
+    A stream of (name, tensor) in the model's order is written with at most one file's tensors in memory. Every file
+    appears under its name only when whole, config.json last.
+
+    Args:
+        source: the model, its state dict, or an iterable of (name, whole tensor).
+        folder: made if it does not exist.
+        config: the model's shape.
+        dtype: what to convert to; None keeps the tensors' dtypes.
+        max_shard_bytes: most bytes of tensors in one file.
+
+    Raises:
+        ValueError: the tensors are not those of a model of this shape; they are named.
+    """
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    stream = source.items() if isinstance(source, Mapping) else source
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in MMDiT(config).state_dict().items()}
+    files = _plan_files(shapes, 4 if dtype is None else dtype.itemsize, max_shard_bytes)
+    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in files.values()}
+    members = {file: sum(f == file for f in files.values()) for file in waiting}
+    seen: set[str] = set()
+    total_bytes = 0
+    for name, tensor in stream:
+        if name not in shapes or name in seen or tensor.shape != shapes[name]:
+            raise ValueError(f'"{name}" {tuple(tensor.shape)} is no tensor of this model, or was given before')
+        seen.add(name)
+        kept = tensor.detach().to("cpu", dtype).contiguous()
+        total_bytes += kept.nbytes
+        part = waiting[files[name]]
+        part[name] = kept
+        if len(part) == members[files[name]]:
+            _write_weights(part, folder / files[name])
+            del waiting[files[name]]
+    if waiting:
+        raise ValueError(f"tensors that were not given: {_some(set(shapes) - seen)}")
+    if len(members) > 1:
+        write_json({"metadata": {"total_size": total_bytes}, "weight_map": files}, folder / INDEX)
+    _remove_others(folder, {*members, *([INDEX] if len(members) > 1 else [])})
+    write_json(_diffusers_config(config), folder / CONFIG)
+
+
+def _assemble(config: MMDiTConfig, state: dict[str, Tensor], where: str) -> MMDiT:
+    with torch.device("meta"):
+        model = MMDiT(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = {
+        "missing": set(shapes) - set(state),
+        "unknown": set(state) - set(shapes),
+        "of another shape": {n for n in set(shapes) & set(state) if shapes[n] != state[n].shape},
+    }
+    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(
+            f"the tensors are not those that config.json describes ({'; '.join(found)})",
+            where=where,
+            remedy="use a complete folder of one model",
+        )
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:NAMES_SHOWN]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _check_same(found: MMDiTConfig, wanted: MMDiTConfig, where: str, free: tuple[str, ...] = ()) -> None:
+    have, want = asdict(found), asdict(wanted)
+    differ = [f"{key} {have[key]} (wanted {want[key]})" for key in have if have[key] != want[key] and key not in free]
+    if differ:
+        raise UserError(
+            f"the stored model has another shape: {', '.join(differ)}",
+            where=where,
+            remedy="choose the model config of this folder, or another folder",
+        )
+
+
+def _plan_files(shapes: Mapping[str, torch.Size], itemsize: int, max_bytes: int) -> dict[str, str]:
+    part, used, parts = 0, 0, {}
+    for name, shape in shapes.items():
+        size = shape.numel() * itemsize
+        if used and used + size > max_bytes:
+            part, used = part + 1, 0
+        used += size
+        parts[name] = part
+    if part == 0:
+        return dict.fromkeys(parts, WEIGHTS)
+    stem, suffix = WEIGHTS.rsplit(".", 1)
+    return {name: f"{stem}-{p + 1:05d}-of-{part + 1:05d}.{suffix}" for name, p in parts.items()}
+
+
+def _diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
+    values = asdict(config)
+    values |= {"caption_projection_dim": config.inner_dim, "dual_attention_layers": []}
+    return {"_class_name": VIDEO_CLASS, **dict(sorted(values.items()))}
+
+
+def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    # Tensors that share memory would be stored once and refused by strict readers.
+    storages = [t.untyped_storage().data_ptr() for t in tensors.values()]
+    if len(set(storages)) < len(storages):
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, str(partial), metadata={"format": "pt"})
+    os.replace(partial, path)
+
+
+def _remove_others(folder: Path, written: set[str]) -> None:
+    """An older save in the same folder would otherwise be read instead of, or beside, this one."""
+    for path in folder.glob("diffusion_pytorch_model*"):
+        if path.name not in written:
+            path.unlink()

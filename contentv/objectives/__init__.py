@@ -1,0 +1,1 @@
+"""Batch and model to a loss: flow matching, and reinforcement from a differentiable reward."""

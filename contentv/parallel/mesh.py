@@ -1,0 +1,201 @@
+"""Which rank does what: dp x sp x tp, with tensor ranks next to each other, then sequence ranks, then data ranks.
+
+    rank = (dp_rank * sp + sp_rank) * tp + tp_rank
+
+The tp ranks of a sample talk most, so they are neighbours (one machine); dp ranks talk least.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from contentv.base.errors import UserError
+from contentv.base.types import ReaderRank
+
+ZERO_STAGES = (1, 2, 3)
+OFFLOADS = ("none", "optimizer", "all")
+RECOMPUTES = ("none", "selective", "full")
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is split; the data-parallel degree follows from the number of processes."""
+
+    sp: int = field(default=1, metadata={"help": "ranks that share one sample's tokens (Ulysses), >= 1"})
+    tp: int = field(default=1, metadata={"help": "ranks that share every layer's weights; divides the heads, >= 1"})
+    zero_stage: int = field(
+        default=3, metadata={"help": "1 splits optimizer states over dp x sp ranks, 2 also gradients, 3 also weights"}
+    )
+    offload: str = field(default="none", metadata={"help": "none | optimizer | all: what is kept in host memory"})
+    recompute: str = field(
+        default="none",
+        metadata={"help": "activations recomputed in the backward pass: none | selective (all but attention) | full"},
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("sp", "tp"):
+            if getattr(self, key) < 1:
+                raise UserError(f"parallel.{key}={getattr(self, key)}", where=f"parallel.{key}", remedy="use 1 or more")
+        for key, allowed in (("zero_stage", ZERO_STAGES), ("offload", OFFLOADS), ("recompute", RECOMPUTES)):
+            value = getattr(self, key)
+            if value not in allowed:
+                names = ", ".join(str(a) for a in allowed)
+                raise UserError(
+                    f"parallel.{key}={value} is unknown", where=f"parallel.{key}", remedy=f"use one of {names}"
+                )
+        if self.offload == "all" and self.zero_stage != 3:
+            raise UserError(
+                f"parallel.offload=all keeps the weights in host memory, which parallel.zero_stage={self.zero_stage} cannot",
+                where="parallel.offload, parallel.zero_stage",
+                remedy="use parallel.zero_stage=3, or parallel.offload=optimizer",
+            )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place among dp x sp x tp ranks, and the groups it talks to (None in a single process).
+
+    `sp_group`, `tp_group` and `dp_group` vary one of the three coordinates; `zero_group` holds all dp x sp ranks of
+    one tp rank: those over which the optimiser's states, the gradients and the weights are partitioned.
+    """
+
+    dp: int = 1
+    sp: int = 1
+    tp: int = 1
+    rank: int = 0
+    dp_group: dist.ProcessGroup | None = None
+    sp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+    zero_group: dist.ProcessGroup | None = None
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.dp * self.sp * self.tp
+
+    @property
+    def zero(self) -> int:
+        """Ranks over which ZeRO partitions: dp x sp."""
+        return self.dp * self.sp
+
+    @property
+    def tp_rank(self) -> int:
+        """Place among the ranks that share the weights."""
+        return self.rank % self.tp
+
+    @property
+    def sp_rank(self) -> int:
+        """Place among the ranks that share the tokens."""
+        return self.rank // self.tp % self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        """Place among the ranks that have different samples."""
+        return self.rank // (self.tp * self.sp)
+
+    @property
+    def zero_rank(self) -> int:
+        """Place in the zero group."""
+        return self.rank // self.tp
+
+    @property
+    def reader(self) -> ReaderRank:
+        """Which part of a global batch this rank reads: the same for all sp x tp ranks of a sample."""
+        return ReaderRank(self.dp_rank, self.dp)
+
+    def rank_of(self, zero_rank: int, tp_rank: int) -> int:
+        """Returns the global rank of a place in the zero group and one in the tp group."""
+        return zero_rank * self.tp + tp_rank
+
+    def describe(self) -> str:
+        """Returns the layout in words, such as `8 ranks = dp 2 x sp 4 x tp 1`."""
+        return f"{self.world} ranks = dp {self.dp} x sp {self.sp} x tp {self.tp}"
+
+
+def single_process_mesh() -> Mesh:
+    """Returns the mesh of one process, without any group."""
+    return Mesh()
+
+
+def legal_layouts(heads: int, world: int) -> list[tuple[int, int]]:
+    """Returns every (sp, tp) that `world` ranks and `heads` attention heads allow."""
+    tps = [t for t in range(1, world + 1) if world % t == 0 and heads % t == 0]
+    return [(s, t) for t in tps for s in range(1, world // t + 1) if (world // t) % s == 0]
+
+
+def check_layout(heads: int, world: int, sp: int, tp: int) -> None:
+    """Returns if the layout is possible; needs no process group, so it fails before any rank waits for another.
+
+    Args:
+        heads: attention heads of the model. Sequence ranks need not divide them: heads are padded.
+        world: processes.
+        sp: sequence-parallel degree.
+        tp: tensor-parallel degree.
+
+    Raises:
+        UserError: it is not; the message names the fields and the nearest layouts that are.
+    """
+    problem, where = "", ""
+    if sp < 1 or tp < 1:
+        problem, where = f"sp={sp} and tp={tp} must be 1 or more", "parallel.sp, parallel.tp"
+    elif world % (sp * tp) != 0:
+        problem = f"{world} processes do not divide into groups of sp x tp = {sp} x {tp} = {sp * tp}"
+        where = "parallel.sp, parallel.tp"
+    elif heads % tp != 0:
+        problem, where = f"{heads} attention heads do not divide over tp={tp} ranks", "parallel.tp"
+    if not problem:
+        return
+
+    def distance(layout: tuple[int, int]) -> float:
+        return abs(math.log(layout[0] / max(sp, 1))) + abs(math.log(layout[1] / max(tp, 1)))
+
+    nearest = sorted(legal_layouts(heads, world), key=distance)[:3]
+    choices = " or ".join(f"parallel.sp={s} parallel.tp={t}" for s, t in nearest)
+    raise UserError(problem, where=where, remedy=f"use {choices} with {world} processes")
+
+
+def build_mesh(config: ParallelConfig, world_size: int, rank: int, *, heads: int | None = None) -> Mesh:
+    """Returns this rank's mesh; every rank must call it, since it makes the process groups.
+
+    Args:
+        config: the degrees.
+        world_size: processes; a single one needs no process groups and gets none.
+        rank: this process.
+        heads: attention heads of the model, to refuse an impossible layout early.
+
+    Raises:
+        UserError: the layout is not possible.
+    """
+    check_layout(heads if heads is not None else config.tp, world_size, config.sp, config.tp)
+    sp, tp = config.sp, config.tp
+    dp = world_size // (sp * tp)
+    if not dist.is_initialized():
+        if world_size > 1:
+            raise RuntimeError("call contentv.parallel.collectives.start before build_mesh")
+        return single_process_mesh()
+
+    def at(d: int, s: int, t: int) -> int:
+        return (d * sp + s) * tp + t
+
+    return Mesh(
+        dp, sp, tp, rank,
+        dp_group=_own_group([[at(d, s, t) for d in range(dp)] for s in range(sp) for t in range(tp)], rank),
+        sp_group=_own_group([[at(d, s, t) for s in range(sp)] for d in range(dp) for t in range(tp)], rank),
+        tp_group=_own_group([[at(d, s, t) for t in range(tp)] for d in range(dp) for s in range(sp)], rank),
+        zero_group=_own_group([[at(d, s, t) for d in range(dp) for s in range(sp)] for t in range(tp)], rank),
+    )  # fmt: skip
+
+
+def _own_group(rows: list[list[int]], rank: int) -> dist.ProcessGroup:
+    """Returns the group of the row with `rank` in it; every rank makes every group, as torch demands."""
+    mine: dist.ProcessGroup | None = None
+    for row in rows:
+        group = dist.new_group(row)
+        if rank in row:
+            mine = group
+    if mine is None:
+        raise RuntimeError(f"rank {rank} is in none of {rows}")
+    return mine

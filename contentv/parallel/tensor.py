@@ -1,0 +1,160 @@
+"""Tensor parallelism by plan: which linear layers hold a part of their outputs, and which a part of their inputs.
+
+A column layer has some of the output features (whole heads, for the attention), a row layer some of the input
+features; between the two nothing is exchanged. Two all-reduces per pair: one of the row layer's output, one of the
+column layer's input gradient. A row layer's bias is added once, after the sum. All else is replicated; a replicated
+weight that sees only this rank's features (the per-head norms) has its gradient summed over the ranks.
+
+Source: Shoeybi et al. 2019 (arXiv 1909.08053, Megatron-LM).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contentv.base.errors import UserError
+from contentv.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
+from contentv.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Names of modules as shell patterns: column layers, row layers, and modules with partial gradients."""
+
+    column: tuple[str, ...]
+    row: tuple[str, ...]
+    partial: tuple[str, ...] = ()
+
+    def dim_of(self, name: str) -> int | None:
+        """Returns the dimension in which the parameter `name` is split, or None where it is replicated."""
+        module, _, kind = name.rpartition(".")
+        if matches(module, self.column):
+            return 0
+        if matches(module, self.row) and kind == "weight":
+            return 1
+        return None
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a module's name fits any of the patterns."""
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def take_part(full: Tensor, dim: int, index: int, parts: int) -> Tensor:
+    """Returns part `index` of `parts` equal parts of a tensor along `dim` (a view).
+
+    Raises:
+        UserError: it does not divide.
+    """
+    if full.shape[dim] % parts != 0:
+        raise UserError(
+            f"a weight of {tuple(full.shape)} does not divide into {parts} parts along dim {dim}",
+            where="parallel.tp",
+            remedy=f"use a tensor-parallel degree that divides {full.shape[dim]}",
+        )
+    size = full.shape[dim] // parts
+    return full.narrow(dim, index * size, size)
+
+
+def mark(parameter: nn.Parameter) -> nn.Parameter:
+    """Returns the parameter, marked as a part of a larger one: counted on every tensor rank in the gradient norm."""
+    parameter.model_parallel = True  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    return parameter
+
+
+class ColumnLinear(nn.Module):
+    """A linear layer with this rank's part of the output features of `whole`."""
+
+    def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
+        super().__init__()
+        assert mesh.tp_group is not None
+        self.group = mesh.tp_group
+        self.weight = _part(whole.weight, 0, mesh)
+        self.bias = None if whole.bias is None else _part(whole.bias, 0, mesh)
+
+    def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
+        return F.linear(enter_tensor_parallel(x, self.group), self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """A linear layer with this rank's part of the input features of `whole`; its output is the sum over the ranks."""
+
+    def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
+        super().__init__()
+        assert mesh.tp_group is not None
+        self.group = mesh.tp_group
+        self.weight = _part(whole.weight, 1, mesh)
+        self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().clone())
+
+    def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
+        out = leave_tensor_parallel(F.linear(x, self.weight), self.group)
+        return out if self.bias is None else out + self.bias
+
+
+def _part(whole: Tensor, dim: int, mesh: Mesh) -> nn.Parameter:
+    part = take_part(whole.detach(), dim, mesh.tp_rank, mesh.tp).clone(memory_format=torch.contiguous_format)
+    return mark(nn.Parameter(part, requires_grad=whole.requires_grad))
+
+
+def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh, device: torch.device) -> dict[str, int]:
+    """Replaces the plan's layers by their parts, in place, and returns the split dimension of each split parameter.
+
+    All tensor ranks first take the weights of the group's first rank, so that what is replicated is equal and what is
+    split fits together, however each rank made its model. Names of parameters do not change.
+
+    Args:
+        model: the whole model, on any device.
+        plan: which layers.
+        mesh: this rank's place.
+        device: where the tensor group's backend wants its tensors.
+
+    Raises:
+        UserError: a weight does not divide.
+    """
+    if mesh.tp == 1:
+        return {}
+    assert mesh.tp_group is not None
+    _equalize(model, mesh, device)
+    layers: Mapping[str, nn.Module] = dict(model.named_modules())
+    dims: dict[str, int] = {}
+    for name, module in layers.items():
+        kind = ColumnLinear if matches(name, plan.column) else RowLinear if matches(name, plan.row) else None
+        if kind is not None:
+            if not isinstance(module, nn.Linear):
+                raise TypeError(f"the tensor-parallel plan names {name}, which is no linear layer: {type(module)}")
+            parent, _, leaf = name.rpartition(".")
+            setattr(layers[parent], leaf, kind(module, mesh))
+        elif matches(name, plan.partial):
+            for parameter in module.parameters(recurse=False):
+                parameter.register_hook(partial(_summed, group=mesh.tp_group))
+    for name, _ in model.named_parameters():
+        dim = plan.dim_of(name)
+        if dim is not None:
+            dims[name] = dim
+    return dims
+
+
+def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = grad.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+@torch.no_grad()
+def _equalize(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
+    """Copies the weights of each tensor group's first rank to its other ranks, one parameter at a time."""
+    source = mesh.rank - mesh.tp_rank
+    for parameter in model.parameters():
+        value = parameter.data.to(device, copy=True, memory_format=torch.contiguous_format)
+        dist.broadcast(value, source, group=mesh.tp_group)
+        parameter.data.copy_(value)

@@ -1,0 +1,9 @@
+"""Fused operations behind plain functions: chosen by where the tensor lives, importable with torch alone."""
+
+from __future__ import annotations
+
+from contentv_kernels.attention import attention
+from contentv_kernels.dispatch import available, force, report
+from contentv_kernels.modulated_layer_norm import modulated_layer_norm
+
+__all__ = ["attention", "available", "force", "modulated_layer_norm", "report"]

@@ -1,0 +1,102 @@
+"""The stage graph: runs in order, goes on where it stopped, notices changed settings, and says how a stage ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from contentv.base.errors import StoppedBySignalError, UserError
+from contentv.train.manifest import StageManifest
+from contentv.train.pipeline import StageRun, read_status, run_pipeline, write_status
+
+# Stands in for `torchrun ... -m contentv train`: logs the call, then does what `behaviour` says.
+LAUNCHER = """
+import json, pathlib, sys
+values = dict(a.split("=", 1) for a in sys.argv[4:])
+out = pathlib.Path(values["out"])
+out.mkdir(parents=True, exist_ok=True)
+with open(out.parent / "calls.txt", "a") as log:
+    log.write(out.name + "\\n")
+status = json.loads(values.get("status", "null"))
+if status is not None:
+    (out / "status.json").write_text(json.dumps(status))
+    sys.exit(1)
+(out / "stage.json").write_text(values["manifest"])
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> list[str]:
+    script = tmp_path / "launcher.py"
+    script.write_text(LAUNCHER)
+    return [sys.executable, str(script)]
+
+
+def stage(out: Path, name: str, digest: str = "h", **values: str) -> StageRun:
+    manifest = json.dumps(asdict(StageManifest(name, {}, steps=3, config_hash=digest, weights={"ema": "export/ema"})))
+    overrides = [f"out={out / name}", f"manifest={manifest}", *(f"{k}={v}" for k, v in values.items())]
+    return StageRun(name, out / name, tuple(overrides), digest)
+
+
+def calls(out: Path) -> list[str]:
+    path = out / "calls.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_stages_run_in_order_once_and_are_recorded(tmp_path, launcher) -> None:
+    out = tmp_path / "p"
+    stages = [stage(out, "image"), stage(out, "lowres_video")]
+    assert [r.ran for r in run_pipeline(stages, out, launcher, {})] == [True, True]
+    assert [r.ran for r in run_pipeline(stages, out, launcher, {})] == [False, False]
+    assert calls(out) == ["image", "lowres_video"]
+    record = json.loads((out / "pipeline.json").read_text())
+    assert record["image"]["produced"] == {"ema": "export/ema"}
+    assert record["image"]["seconds"] > 0
+
+
+def test_a_stopped_stage_is_run_again(tmp_path, launcher) -> None:
+    out = tmp_path / "p"
+    first, second = stage(out, "image"), stage(out, "rlhf", status='{"exit_code": 75, "message": "stopped"}')
+    with pytest.raises(StoppedBySignalError, match="rlhf"):
+        run_pipeline([first, second], out, launcher, {})
+    run_pipeline([first, stage(out, "rlhf")], out, launcher, {})
+    assert calls(out) == ["image", "rlhf", "rlhf"]
+
+
+def test_the_message_of_a_stage_that_the_user_can_fix_comes_through(tmp_path, launcher) -> None:
+    out = tmp_path / "p"
+    with pytest.raises(UserError, match="no such bucket"):
+        run_pipeline([stage(out, "image", status='{"exit_code": 2, "message": "no such bucket"}')], out, launcher, {})
+
+
+def test_any_other_end_is_a_failure(tmp_path, launcher) -> None:
+    out = tmp_path / "p"
+    with pytest.raises(RuntimeError, match="image failed with exit code 1"):
+        run_pipeline([stage(out, "image", status='{"exit_code": 1, "message": ""}')], out, launcher, {})
+
+
+def test_changed_settings_are_noticed(tmp_path, launcher) -> None:
+    out = tmp_path / "p"
+    run_pipeline([stage(out, "image")], out, launcher, {})
+    with pytest.raises(UserError, match="another configuration"):
+        run_pipeline([stage(out, "image", digest="other")], out, launcher, {})
+
+
+def test_a_damaged_record_is_named(tmp_path, launcher) -> None:
+    out = tmp_path / "p"
+    run_pipeline([stage(out, "image")], out, launcher, {})
+    (out / "pipeline.json").write_text("{")
+    with pytest.raises(UserError, match="pipeline.json"):
+        run_pipeline([stage(out, "image")], out, launcher, {})
+
+
+def test_status_round_trip(tmp_path) -> None:
+    assert read_status(tmp_path) == {}
+    write_status(tmp_path, 75, "stopped")
+    assert read_status(tmp_path) == {"exit_code": 75, "message": "stopped"}
+    (tmp_path / "status.json").write_text("{")
+    assert read_status(tmp_path) == {}
