@@ -10,7 +10,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compile test-gpu bench bench-gpu lint type layers fmt ci clean
+.PHONY: help install demo test test-all test-compile test-gpu bench bench-gpu lint type layers docs fmt ci clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ test-all: $(STAMP) lint type layers ## everything that runs without an accelerat
 	CONTENTV_TYPECHECK=0 $(BIN)/python -m pytest -m 'compile and not gpu and not npu'
 
 test-gpu: ## the tests that need a CUDA device, in the current Python environment
-	CONTENTV_TYPECHECK=0 $(PYTHON) -m pytest -m gpu
+	CONTENTV_TYPECHECK=0 $(PYTHON) -m pytest -m gpu tests/kernels
 
 bench: $(STAMP) ## counts and ratios measured on this machine -> benchmarks/results/
 	$(BIN)/python benchmarks/reuse.py
@@ -56,6 +56,9 @@ type: $(STAMP) ## mypy --strict
 
 layers: $(STAMP) ## import contracts between the packages
 	$(BIN)/lint-imports
+
+docs: $(STAMP) ## write docs/keys.md from the code
+	$(BIN)/python -m contentv.config.document > docs/keys.md
 
 fmt: $(STAMP) ## format and fix
 	$(BIN)/ruff check --fix .

@@ -19,9 +19,9 @@ def is_main_process() -> bool:
 
 @functools.cache
 def get_logger() -> logging.Logger:
-    """Returns the project's logger: INFO on rank 0, WARNING elsewhere, to stderr."""
+    """Returns the project's logger: INFO on rank 0, errors alone elsewhere, to stderr."""
     logger = logging.getLogger("contentv")
-    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     if not logger.handlers:
         logger.addHandler(RichHandler(console=console, show_path=False, rich_tracebacks=False))
         logger.propagate = False

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import contentv
@@ -66,7 +67,10 @@ def facts() -> dict[str, Any]:
         "backend": devices.BACKENDS[types[0]],
         "libraries": {name: _version(name) for name in REQUIRED},
         "optional": {name: _importable(module) for name, (module, _) in OPTIONAL.items()},
-        "kernels": contentv_kernels.report(),
+        "kernels": {
+            op: contentv_kernels.available(op, types[0], torch.float32 if types[0] == "cpu" else torch.bfloat16)
+            for op in ("attention", "modulated_layer_norm")
+        },
         "ffmpeg_codecs": _has_h264(),
     }
 
@@ -91,7 +95,8 @@ def run(config: DoctorConfig, overrides: Sequence[str]) -> None:
     for name, version in found["libraries"].items():
         table.add_row(name, version or "missing: pip install contentv")
     for name, there in found["optional"].items():
-        table.add_row(f"{name} (optional)", "found" if there else f"not found: {OPTIONAL[name][1]}")
-    for op, choice in found["kernels"].items():
-        table.add_row(f"kernel {op}", str(choice))
+        table.add_row(f"{name} (optional)", "found" if there else escape(f"not found: {OPTIONAL[name][1]}"))
+    for op, choices in found["kernels"].items():
+        rows = [f"{name}: {'usable' if why is None else why}" for name, why in choices.items()]
+        table.add_row(f"kernel {op}", "\n".join(rows))
     Console().print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,9 @@ COMMANDS = {
     "report": "one HTML page about a run, a dataset or a demo",
     "doctor": "what this machine has and what is missing",
 }
+
+
+RANK_0_SPEAKS_S = 3.0
 
 
 def usage() -> str:
@@ -93,7 +97,11 @@ def _quiet_libraries() -> None:
 
 
 def _end(code: int, message: str) -> int:
-    # One message for the job, not one per process.
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{message}\n")
+    # One message for the job, not one per process: when all ranks fail alike rank 0 speaks. torchrun ends the others as
+    # soon as one of them exits, so they wait; whoever is still alive after that failed alone and must say why.
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(RANK_0_SPEAKS_S)
+        message = f"rank {rank}: {message}"
+    sys.stderr.write(f"{message}\n")
     return code

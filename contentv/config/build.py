@@ -27,7 +27,7 @@ from contentv.models.reward import CLIPReward
 from contentv.models.vae import VideoVAE
 from contentv.objectives.flow import FlowMatching
 from contentv.objectives.reward import RewardObjective
-from contentv.parallel.collectives import start, stop
+from contentv.parallel.collectives import barrier, start, stop
 from contentv.parallel.mesh import Mesh, build_mesh
 from contentv.train.loop import Progress, run
 from contentv.train.manifest import MANIFEST, StageManifest, check_predecessor
@@ -171,7 +171,7 @@ def build_source(plan: Plan, mesh: Mesh, micro: int) -> DatasetSource:
         quality_mode=root.data.quality_mode,
         max_bad_samples=root.data.max_bad_samples,
         max_bad_fraction=root.data.max_bad_fraction,
-        quarantine_path=Path(root.out) / "quarantine.jsonl" if is_main_process() else None,
+        quarantine_path=Path(root.out) / "quarantine.jsonl" if mesh.sp_rank == mesh.tp_rank == 0 else None,
     )
 
 
@@ -211,6 +211,8 @@ def run_stage(root: TrainRoot) -> None:
     finally:
         if is_main_process():
             write_status(out, code, message)
+        if code in (EXIT_OK, EXIT_STOPPED):
+            barrier()  # torchrun ends every rank as soon as one exits: nobody leaves before rank 0 has written
         stop()
 
 

@@ -50,10 +50,5 @@ def curate_dataset(root: CurateRoot) -> CurateReport:
     device = devices.select(root.device)
     vae = VideoVAE.from_folder(vae_path).to(device)
     text = TextStack.from_folder(text_path).to(device)
-    writer = DatasetWriter(
-        Path(root.output),
-        vae_info(vae),
-        text_info(text),
-        text.encode([""]),
-    )
-    return curate(root, vae, text, writer)
+    with DatasetWriter(Path(root.output), vae_info(vae), text_info(text), text.encode([""])) as writer:
+        return curate(root, vae, text, writer, device=device)

@@ -94,7 +94,7 @@ def choose_buckets(root: TrainRoot, info: DatasetInfo) -> list[Bucket]:
     """
     there = sorted((Bucket.parse(name) for name in info.bucket_samples), key=lambda b: b.frames * b.height * b.width)
     if root.data.buckets:
-        wanted = [_parse(name) for name in root.data.buckets]
+        wanted = [Bucket.parse(name) for name in root.data.buckets]
         missing = [b.name for b in wanted if b not in there]
         if missing:
             raise UserError(
@@ -119,13 +119,6 @@ def choose_buckets(root: TrainRoot, info: DatasetInfo) -> list[Bucket]:
             remedy="curate again with a fitting bucket, or name one with data.buckets=[...]",
         )
     return chosen
-
-
-def _parse(name: str) -> Bucket:
-    try:
-        return Bucket.parse(name)
-    except ValueError as error:
-        raise UserError(str(error), where="data.buckets", remedy="dataset.json lists the buckets") from None
 
 
 def clip_fps(info: DatasetInfo) -> float:

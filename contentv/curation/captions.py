@@ -99,9 +99,15 @@ def _from_record(record: bytes) -> Captions | None:
 def _scene(scene: dict[str, Any]) -> SceneCaption:
     if not isinstance(scene["caption"], str):
         raise CaptionError("a scene's caption is not text")
-    times = [scene.get(key) for key in ("start_s", "end_s")]
-    known = all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in times)
-    return SceneCaption(scene["caption"].strip(), *(times if known else (None, None)))
+    start_s, end_s = _seconds(scene.get("start_s")), _seconds(scene.get("end_s"))
+    if start_s is None or end_s is None:
+        return SceneCaption(scene["caption"].strip())
+    return SceneCaption(scene["caption"].strip(), start_s, end_s)
+
+
+def _seconds(value: object) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+    return float(value) if is_number else None  # type: ignore[arg-type]
 
 
 def _overlap(scene: SceneCaption, start_s: float, end_s: float) -> float:

@@ -25,6 +25,8 @@ from contentv.curation.video_io import (
 )
 
 Frames = npt.NDArray[np.uint8]
+
+
 @dataclass(frozen=True)
 class CutSample:
     """A clip in the shape of one bucket."""

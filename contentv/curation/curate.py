@@ -139,6 +139,7 @@ class _Run:
         self._progress = progress
         self._seen: dict[str, str] = {}  # checksum of a file -> its name
         self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}  # a reason without its numbers -> the first of its kind
         self._without_caption = 0
 
     def execute(self, pool: WorkerPool, names: list[str]) -> None:
@@ -210,7 +211,8 @@ class _Run:
     def _reject(self, reject: Reject) -> None:
         self.report.rejected += 1
         self._without_caption += reject.lacks_caption
-        self._reasons[re.sub(r"[0-9.]+", "N", reject.reason)] += 1
+        kind = re.sub(r"[0-9.]+", "", reject.reason)
+        self._reasons[self._examples.setdefault(kind, reject.reason)] += 1
         row = {"file": reject.file, "scene": reject.scene, "clip": reject.clip, "reason": reject.reason}
         self._rejects.write(json.dumps({**row, "scores": reject.scores}, ensure_ascii=False) + "\n")
         get_logger().debug("%s: %s", reject.file, reject.reason)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from contentv.curation.plan import ClipTask
 TEXT_CACHE_BYTES = 2 << 30  # of encoded captions that are kept for clips to come
 
 
+@runtime_checkable
 class LatentEncoder(Protocol):
     """A video VAE."""
 
@@ -49,6 +50,7 @@ class LatentEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class CaptionEncoder(Protocol):
     """The text encoders."""
 
@@ -60,6 +62,7 @@ class CaptionEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class ClipWriter(Protocol):
     """What takes the samples; nothing of them counts as a dataset before `close`."""
 

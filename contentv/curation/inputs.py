@@ -11,11 +11,10 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from contentv.base.errors import UserError
 from contentv.curation.captions import MAX_SIDECAR_BYTES
-from contentv.curation.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from contentv.curation.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, MediaFile
 
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 DEFAULT_SOURCE = "default"
@@ -48,7 +47,7 @@ class MediaItem:
         """Whether this is a still."""
         return PurePosixPath(self.name).suffix.lower() in IMAGE_SUFFIXES
 
-    def open(self) -> BinaryIO:
+    def open(self) -> MediaFile:
         """Returns the media's bytes as a seekable file.
 
         Raises:

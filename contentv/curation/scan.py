@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,14 @@ import xxhash
 from contentv.curation.captions import CaptionError, Captions, parse_captions
 from contentv.curation.inputs import MediaItem
 from contentv.curation.scenes import DETECTION_SIDE_PX, SceneFinder
-from contentv.curation.video_io import DecodeError, OpenVideo, open_video, read_image, require_complete
+from contentv.curation.video_io import (
+    DecodeError,
+    MediaFile,
+    OpenVideo,
+    open_video,
+    read_image,
+    require_complete,
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def _timing(
     return (nominal if abs(measured / nominal - 1) < 0.01 else measured), times
 
 
-def _xxh128(file: BinaryIO) -> str:
+def _xxh128(file: MediaFile) -> str:
     """Returns the checksum of a whole file and goes back to its start."""
     digest = xxhash.xxh128()
     while block := file.read(1 << 20):

@@ -26,6 +26,7 @@ from contentv.curation.motion import Motion, measure_motion
 SCORE_SIDE_PX = 256
 MAX_PICTURES = 8  # of a clip that are looked at for picture faults, evenly spaced
 _SHARP = 60.0  # Laplacian variance that gives half the full sharpness
+_LEAST = 0.5  # variance granted to every picture, so that those without detail still differ by their other faults
 _NOISE_SCALE = 8.0  # grey levels
 _FLICKER_SCALE = 0.05
 _STILL_LEVELS = 0.1  # mean grey levels between frames below which a frame counts as repeated
@@ -112,17 +113,21 @@ def score_clip(frames: UInt8[np.ndarray, "T H W 3"], fps: float | int = 24.0) ->
 
 
 def sharpness(clip: ClipView) -> float:
-    """Returns v / (v + 60), v = variance of the Laplacian without the noise's part; 0 blurred, 1 sharp.
+    """Returns v / (v + 60), v = variance of the Laplacian beyond that of the smoothest areas; 0 blurred, 1 sharp.
+
+    Noise, too, has a large Laplacian, but everywhere alike: what also the smoothest fifth of the picture has is left
+    out, and a quarter more, so that noise never makes a picture look sharper.
 
     A picture smaller than the scoring size would be blurred by enlarging it; v is lowered by that ratio instead.
     """
     values = []
     for gray in clip.grays:
-        variance = float(cv2.Laplacian(gray, cv2.CV_32F, borderType=cv2.BORDER_REFLECT).var())
-        # 20 is the sum of the squared kernel: white noise of deviation s has a Laplacian of variance 20 s^2.
-        variance = max(0.0, variance - 1.2 * 20 * noise_level(gray) ** 2)
+        energy = _block_means(
+            np.square(cv2.Laplacian(gray, cv2.CV_32F, borderType=cv2.BORDER_REFLECT), dtype=np.float32)
+        )
+        variance = max(0.0, float(energy.mean()) - 1.25 * float(np.quantile(energy, 0.2)))
         variance *= min(1.0, min(gray.shape) / SCORE_SIDE_PX) ** 2
-        values.append(variance / (variance + _SHARP))
+        values.append((variance + _LEAST) / (variance + _LEAST + _SHARP))
     return float(np.mean(values))
 
 
@@ -136,18 +141,8 @@ def noise_level(gray: Plane) -> float:
     """
     mask = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
     response = np.abs(cv2.filter2D(gray, cv2.CV_32F, mask, borderType=cv2.BORDER_REFLECT))[1:-1, 1:-1]
-    level = gray[1:-1, 1:-1]
-    block = max(4, min(16, min(gray.shape) // 6))
-    rows, columns = (size // block for size in response.shape)
-    if rows == 0 or columns == 0:
-        return 0.0
-
-    def means(plane: Plane) -> Plane:
-        cut = plane[: rows * block, : columns * block].reshape(rows, block, columns, block)
-        averaged: Plane = cut.mean(axis=(1, 3))
-        return averaged
-
-    usable = means(response)[(means(level) > 12) & (means(level) < 243)]
+    level = _block_means(gray[1:-1, 1:-1])
+    usable = _block_means(response)[(level > 12) & (level < 243)]
     # The mean of |normal| is sqrt(2/pi) of its deviation, and the squared mask sums to 36.
     return float(np.quantile(usable, 0.2)) * math.sqrt(math.pi / 2) / 6 if usable.size else 0.0
 
@@ -173,8 +168,8 @@ def exposure(clip: ClipView) -> float:
 
 
 def contrast(clip: ClipView) -> float:
-    """Returns the distance between the 5th and 95th percentile of luma, 0..1."""
-    return float(np.mean([np.subtract(*np.percentile(gray, (95, 5))) for gray in clip.grays])) / 255
+    """Returns the distance between the 1st and 99th percentile of luma, 0..1."""
+    return float(np.mean([np.subtract(*np.percentile(gray, (99, 1))) for gray in clip.grays])) / 255
 
 
 def black_border(clip: ClipView) -> float:
@@ -218,6 +213,15 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
         )
     }
 )
+
+
+def _block_means(plane: Plane) -> Plane:
+    """Returns the means over square blocks of up to 16 x 16 pixels; a rest at the lower and right edge is left out."""
+    block = max(1, min(16, min(plane.shape) // 6))
+    rows, columns = (size // block for size in plane.shape)
+    cut = plane[: rows * block, : columns * block].reshape(rows, block, columns, block)
+    averaged: Plane = cut.mean(axis=(1, 3))
+    return averaged
 
 
 def _gray(frame: npt.NDArray[np.uint8], short_side_px: int) -> Plane:

@@ -37,8 +37,12 @@ class SynthConfig:
     seed: int = field(default=0, metadata={"help": "decides every frame"})
     size_px: int = field(default=128, metadata={"help": "height and width in pixels, even, 32..1024"})
     fps: int = field(default=8, metadata={"help": "frames per second, 1..60"})
-    scene_frames: int = field(default=20, metadata={"help": "fewest frames of a scene, at least 2; a scene has up to 4 more"})
-    joined_share: float = field(default=0.2, metadata={"help": "share of clips made of 2 or 3 scenes with hard cuts, 0..1"})
+    scene_frames: int = field(
+        default=20, metadata={"help": "fewest frames of a scene, at least 2; a scene has up to 4 more"}
+    )
+    joined_share: float = field(
+        default=0.2, metadata={"help": "share of clips made of 2 or 3 scenes with hard cuts, 0..1"}
+    )
     pan_share: float = field(default=0.3, metadata={"help": "share of moving scenes in which the camera pans, 0..1"})
     variants: dict[str, float] = field(
         default_factory=_default_variants, metadata={"help": f"weight of each variant: {', '.join(VARIANTS)}"}
@@ -48,7 +52,9 @@ class SynthConfig:
     def __post_init__(self) -> None:
         _check(self.clips >= 0, "clips", self.clips, "0 or more")
         _check(self.images >= 0, "images", self.images, "0 or more")
-        _check(32 <= self.size_px <= 1024 and self.size_px % 2 == 0, "size_px", self.size_px, "an even number in 32..1024")
+        _check(
+            32 <= self.size_px <= 1024 and self.size_px % 2 == 0, "size_px", self.size_px, "an even number in 32..1024"
+        )
         _check(1 <= self.fps <= 60, "fps", self.fps, "1..60")
         _check(self.scene_frames >= 2, "scene_frames", self.scene_frames, "2 or more")
         _check(0.0 <= self.joined_share <= 1.0, "joined_share", self.joined_share, "0..1")
@@ -57,7 +63,12 @@ class SynthConfig:
         unknown = sorted(set(self.variants) - set(VARIANTS))
         _check(not unknown, "variants", ", ".join(unknown), f"names among {', '.join(VARIANTS)}")
         weights = list(self.variants.values())
-        _check(min(weights, default=0.0) >= 0.0 and sum(weights) > 0.0, "variants", self.variants, "weights >= 0, not all 0")
+        _check(
+            min(weights, default=0.0) >= 0.0 and sum(weights) > 0.0,
+            "variants",
+            self.variants,
+            "weights >= 0, not all 0",
+        )
 
 
 def _check(good: bool, key: str, value: object, legal: str) -> None:
@@ -96,7 +107,7 @@ def render_scenes(scenes: list[Scene], size: int) -> Frames:
 
 
 def truth_of(scenes: list[Scene], fps: int, size: int) -> dict[str, Any]:
-    """Returns the ground truth of a clip: its scenes, their first frames (`cuts` leaves out the first), its captions."""
+    """Returns the ground truth of a clip: its scenes and captions; `cuts` are where a new scene begins."""
     rows: list[dict[str, Any]] = []
     first = 0
     for scene in scenes:
@@ -110,9 +121,10 @@ def truth_of(scenes: list[Scene], fps: int, size: int) -> dict[str, Any]:
             }
         )  # fmt: skip
         first += scene.frames
+    caption = " ".join(row["caption"] + "." for row in rows) if len(rows) > 1 else rows[0]["caption"]
     lead = {key: rows[0][key] for key in ("shape", "colour", "direction", "shade", "variant", "speed")}
     return {
-        "kind": "video", "caption": " ".join(row["caption"] + "." for row in rows) if len(rows) > 1 else rows[0]["caption"],
+        "kind": "video", "caption": caption,
         **lead, "fps": fps, "height_px": size, "width_px": size, "num_frames": first,
         "cuts": [row["start_frame"] for row in rows[1:]], "scenes": rows,
     }  # fmt: skip

@@ -21,7 +21,12 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "blue": (0.12, 0.24, 0.90),
     "yellow": (0.95, 0.84, 0.07),
 }
-DIRECTIONS: dict[str, tuple[float, float]] = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "left": (-1.0, 0.0),
+    "right": (1.0, 0.0),
+    "up": (0.0, -1.0),
+    "down": (0.0, 1.0),
+}
 STILL = "still"
 SHAPES = ("circle", "square", "triangle")
 SHADES: dict[str, float] = {"dark": 0.22, "grey": 0.48, "pale": 0.78}
@@ -165,8 +170,8 @@ def _crop(backdrop: Plane, offset: tuple[float, float], size: int) -> Plane:
         [[scale, 0.0, corner + offset[0] * unit + shift], [0.0, scale, corner + offset[1] * unit + shift]], np.float32
     )
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    view: Plane = cv2.warpAffine(backdrop, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT)
-    return view
+    view = cv2.warpAffine(backdrop, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REFLECT)
+    return np.asarray(view, np.float32)
 
 
 def _distance(shape: str, u: Plane, v: Plane, radius: float) -> Plane:
@@ -185,7 +190,9 @@ def _paint(picture: Plane, spec: ClipSpec, centre: tuple[float, float], angle: f
     size = picture.shape[0]
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = grid[None, :] - np.float32(centre[0]), grid[:, None] - np.float32(centre[1])
-    turn = 0.35 * np.sin(angle) if spec.shape != "circle" else angle  # squares and triangles only rock: they stay readable
+    turn = (
+        0.35 * np.sin(angle) if spec.shape != "circle" else angle
+    )  # squares and triangles only rock: they stay readable
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     u, v = cos * x + sin * y, cos * y - sin * x
     cover = np.clip(0.5 - _distance(spec.shape, u, v, spec.radius) * size, 0.0, 1.0)[..., None]

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -27,6 +28,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 1 << 26  # of one frame; larger ones are a mistake or an attack on the memory
 CRF = 16  # x264's quality: no loss that one can see
+MediaFile = io.BytesIO | io.BufferedReader
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
@@ -58,6 +60,7 @@ class Picture:
 
     frame: Any  # av.VideoFrame
     aspect: float  # width of a pixel over its height
+    reformatter: Any  # av's, shared by the frames of a video: making one costs more than using it
 
     @property
     def pts(self) -> int | None:
@@ -80,10 +83,10 @@ class Picture:
         height, width = self.frame.height, max(1, round(self.frame.width * self.aspect))
         scale = min(1.0, (short_side_px or min(height, width)) / min(height, width))
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        converted = self.frame
-        if (height, width) != (self.frame.height, self.frame.width):
-            converted = self.frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA")
-        pixels: np.ndarray = converted.to_ndarray(format="rgb24")
+        converted = self.reformatter.reformat(
+            self.frame, width=width, height=height, format="rgb24", interpolation="AREA" if scale < 1 else "BILINEAR"
+        )
+        pixels: np.ndarray = converted.to_ndarray()
         return np.ascontiguousarray(np.rot90(pixels, self.frame.rotation // 90))
 
 
@@ -116,24 +119,25 @@ class OpenVideo:
         """
         aspect = float(self.stream.sample_aspect_ratio or 1)
         aspect = aspect if 0.1 < aspect < 10 else 1.0
+        reformatter = VideoReformatter()
         with self._errors():
             for packet in self.container.demux(self.stream):
                 self.packets += packet.size > 0
                 for frame in packet.decode():
                     if frame.width * frame.height > MAX_PIXELS:
                         raise DecodeError(self.name, f"frames of {frame.width} x {frame.height} pixels are too large")
-                    yield Picture(frame, aspect)
+                    yield Picture(frame, aspect, reformatter)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, OSError) as error:
             raise DecodeError(self.name, f"damaged or cut short ({_words(error)})") from error
 
 
 @contextlib.contextmanager
-def open_video(source: BinaryIO, name: str, threads: int = 1) -> Iterator[OpenVideo]:
+def open_video(source: MediaFile, name: str, threads: int = 1) -> Iterator[OpenVideo]:
     """Gives the first video stream of a file.
 
     Args:
@@ -147,7 +151,7 @@ def open_video(source: BinaryIO, name: str, threads: int = 1) -> Iterator[OpenVi
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
     try:
         container = av.open(source, container_options=options)
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DecodeError(name, f"not a video ({_words(error)})") from error
     with container:
         if not container.streams.video:
@@ -190,7 +194,7 @@ def require_complete(video: OpenVideo, frames: int) -> None:
         raise DecodeError(video.name, "there are no frames in the file")
 
 
-def read_image(source: BinaryIO, name: str) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(source: MediaFile, name: str) -> UInt8[np.ndarray, "H W 3"]:
     """Returns an image file's upright RGB pixels; transparent parts become black.
 
     Raises:
@@ -232,7 +236,8 @@ def encode_mp4_bytes(frames: UInt8[np.ndarray, "T H W 3"], fps: float | int, crf
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1  # x264's bytes depend on the number of threads
-        stream.options = {"crf": str(crf)}
+        # Its macroblock tree reads stray memory below 128 px, so that the bytes would differ from call to call.
+        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
         container.mux(stream.encode())

@@ -86,9 +86,7 @@ class WorkerPool:
             return self._pool.submit(function, task)
 
 
-def _result(
-    function: Callable[[Task], Result], task: Task, future: Future[Result]
-) -> Result | WorkerCrashError:
+def _result(function: Callable[[Task], Result], task: Task, future: Future[Result]) -> Result | WorkerCrashError:
     """Waits for a result; where some worker died, does the task again, alone, to see whether it is the cause."""
     try:
         return future.result()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from contentv.base.errors import UserError
+from contentv.base.types import Bucket
 from contentv.data.quality import MODES
 
 
@@ -36,6 +37,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.quality_mode not in MODES:
             raise UserError(f'"{self.quality_mode}" is not one of {", ".join(MODES)}', where="data.quality_mode")
+        for name in self.buckets:
+            try:
+                Bucket.parse(name)
+            except ValueError as error:
+                raise UserError(str(error), where="data.buckets", remedy="dataset.json lists the buckets") from None
         for name in ("prefetch", "max_bad_samples"):
             if getattr(self, name) < 0:
                 raise UserError(f"{getattr(self, name)} is negative", where=f"data.{name}", remedy="use 0 or more")

@@ -190,9 +190,10 @@ class DatasetInfo:
 
     @classmethod
     def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> DatasetInfo:
+        vae: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record["vae"].items()}
         info = cls(
             folder,
-            VaeInfo(**{name: tuple(v) if isinstance(v, list) else v for name, v in record["vae"].items()}),
+            VaeInfo(**vae),
             TextInfo(**record["text"]),
             {name: int(source["samples"]) for name, source in record["sources"].items()},
             [ShardInfo(**shard) for shard in record["shards"]],

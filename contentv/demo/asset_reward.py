@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
@@ -21,18 +21,20 @@ from contentv.demo.asset_text import (
     STD,
     Sheet,
     TextTraining,
-    descend,
-    set_rate,
     contrastive_loss,
+    descend,
     draw_sheet,
     score,
+    set_rate,
     write_tokenizer,
 )
 
 FAULTS = ("blurred", "noisy", "low_contrast", "washed")
 
 
-def spoil(frames: Float[Tensor, "b 3 H W"], fault: str, level: float, noise: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
+def spoil(
+    frames: Float[Tensor, "b 3 H W"], fault: str, level: float, noise: Float[Tensor, "b 3 H W"]
+) -> Float[Tensor, "b 3 H W"]:
     """Returns the pictures made worse, differentiably.
 
     Args:
@@ -58,7 +60,7 @@ def spoil(frames: Float[Tensor, "b 3 H W"], fault: str, level: float, noise: Flo
 
 
 def draw_pairs(sheet: Sheet, rng: np.random.Generator) -> tuple[Float[Tensor, "b 3 H W"], Float[Tensor, "b 3 H W"]]:
-    """Returns the better and the worse picture for each caption of the sheet: a third differ in colour, the rest in fault."""
+    """Returns the better and the worse picture for each caption: a third differ in colour, the rest in fault."""
     n = len(sheet.frames)
     noise = torch.from_numpy(rng.standard_normal(sheet.frames.shape, dtype=np.float32))
     better, worse = sheet.frames.clone(), sheet.recoloured.clone()
@@ -118,8 +120,8 @@ def write_reward(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> Non
     clip.float()
     write_tokenizer(tokenizer, folder)
     processor = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE_PX}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": SIDE_PX, "width": SIDE_PX}, "do_rescale": True,
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE_PX},
+        "resample": 3, "do_center_crop": True, "crop_size": {"height": SIDE_PX, "width": SIDE_PX}, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD),
         "do_convert_rgb": True,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Trains the demo's small CLIP: its tokenizer, its text encoder (which also tells directions apart) and the reward model.
+"""Trains the demo's small CLIP: its tokenizer, and a text encoder that also tells directions apart.
 
 The text tower is trained twice over: against first frames (contrastively) and against linear read-outs of every word
 that matters, because no single frame says where an object is going. The reward model goes on from there with preference
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
@@ -91,7 +91,9 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Returns token ids (n, MAX_TOKENS), padded and cut."""
-    ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
     return torch.as_tensor(ids)
 
 
@@ -189,7 +191,9 @@ def agreement(sheet: Sheet) -> Bool[Tensor, "b b"]:
     fits = torch.ones(len(sheet.frames), len(sheet.frames), dtype=torch.bool)
     for name, values in sheet.shown.items():
         said = sheet.said[name][None, :]
-        unsaid = said == ATTRIBUTES[name].index("unsaid") if "unsaid" in ATTRIBUTES[name] else torch.zeros_like(said).bool()
+        unsaid = (
+            said == ATTRIBUTES[name].index("unsaid") if "unsaid" in ATTRIBUTES[name] else torch.zeros_like(said).bool()
+        )
         fits &= (values[:, None] == said) | unsaid
     return fits
 
@@ -250,7 +254,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[nn.
 
 
 def write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes the tokenizer with the plain vocab.json and merges.txt beside tokenizer.json, as published folders have."""
+    """Writes the tokenizer with vocab.json and merges.txt beside tokenizer.json, as published folders have."""
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
 from jaxtyping import Float
@@ -22,22 +22,26 @@ from torch import Tensor, nn
 
 from contentv.base.log import get_logger
 from contentv.curation.synth_world import VARIANTS, render_clip, sample_spec
+from contentv.demo.asset_optim import Schedule
 
 # (frames, side in px, clips in a step, weight in the mix): mostly 1 + 4 frames, which teach all the decoder knows
-MIX = ((5, 64, 8, 0.5), (9, 64, 4, 0.2), (1, 64, 16, 0.08), (5, 96, 4, 0.14), (17, 96, 1, 0.08))
+MIX = ((5, 64, 8, 0.55), (9, 64, 4, 0.2), (1, 64, 16, 0.08), (5, 96, 4, 0.12), (17, 96, 1, 0.05))
+STILLS = (1, 64, 16, 1.0)  # what the first part of the training sees: colours and places come before motion
 
 
 @dataclass
 class VAETraining:
-    """How the VAE is trained: wall time in minutes, learning rate, weights of the loss's terms, seed."""
+    """How the VAE is trained: wall time in minutes, share of it on stills, rates, weights of the loss's terms, seed."""
 
-    minutes: float = 35.0
-    lr: float = 2e-3
-    kl_weight: float = 2e-4
-    spread_weight: float = 0.05
+    minutes: float = 26.0
+    stills_share: float = 0.15
+    muon_lr: float = 0.012
+    adam_lr: float = 3e-3
+    kl_weight: float = 1e-4
+    spread_weight: float = 0.02
     decoder_noise: float = 0.2
-    small_share: float = 0.25
-    ema: float = 0.998
+    small_share: float = 0.15
+    ema: float = 0.99
     export_minutes: float = 4.0
     seed: int = 0
 
@@ -87,7 +91,9 @@ class WholeClip(nn.Module):
             if parameter.dim() == 5:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
 
-    def encode(self, video: Float[Tensor, "b 3 T H W"]) -> tuple[Float[Tensor, "b c t h w"], Float[Tensor, "b c t h w"]]:
+    def encode(
+        self, video: Float[Tensor, "b 3 T H W"]
+    ) -> tuple[Float[Tensor, "b c t h w"], Float[Tensor, "b c t h w"]]:
         """Returns the posterior's mean and log variance."""
         x = patchify(video, self.vae.config.patch_size).contiguous(memory_format=torch.channels_last_3d)
         mean, log_variance = self.vae.quant_conv(self.vae.encoder(x)).float().chunk(2, dim=1)
@@ -104,17 +110,18 @@ def random_clips(rng: np.random.Generator, clips: int, frames: int, side: int) -
     for _ in range(clips):
         variant = str(rng.choice(VARIANTS, p=(0.72, 0.07, 0.07, 0.07, 0.07)))
         pictures.append(render_clip(sample_spec(rng, variant=variant), frames, side))
-    video = torch.from_numpy(np.stack(pictures)).permute(0, 4, 1, 2, 3)
+    video = torch.from_numpy(np.stack(pictures)).permute(0, 4, 1, 2, 3).contiguous()
     return video.float() / 127.5 - 1.0
 
 
 def reconstruction_loss(output: Float[Tensor, "b 3 T H W"], video: Float[Tensor, "b 3 T H W"]) -> Float[Tensor, ""]:
-    """Returns L1 weighted towards saturated pixels (the object) plus L1 of the differences along T, H and W."""
+    """Returns L1 + L2 weighted towards saturated pixels (the object) plus L1 of the differences along T, H and W."""
     saturation = (video.amax(1, keepdim=True) - video.amin(1, keepdim=True)) / 2.0
-    loss = ((1.0 + 2.0 * saturation) * (output - video).abs()).mean()
+    off = output - video
+    loss = ((1.0 + 4.0 * saturation) * (off.abs() + off.square())).mean()
     for dim in (2, 3, 4):
         if video.shape[dim] > 1:
-            loss = loss + 0.5 * (output.diff(dim=dim) - video.diff(dim=dim)).abs().mean()
+            loss = loss + 0.5 * off.diff(dim=dim).abs().mean()
     return loss
 
 
@@ -126,14 +133,16 @@ def spread_loss(mean: Float[Tensor, "b c t h w"]) -> Float[Tensor, ""]:
     covariance = rows @ rows.T / rows.shape[1]
     diagonal = covariance.diagonal()
     across = covariance - torch.diag(diagonal)
-    return centre.square().sum() + (diagonal - 1.0).square().sum() + 0.3 * across.square().sum()
+    return centre.square().sum() + (diagonal - 1.0).square().sum() + 0.2 * across.square().sum()
 
 
-def _step_loss(model: WholeClip, video: Tensor, config: VAETraining, small: bool) -> tuple[Tensor, Tensor]:
+def _step_loss(
+    model: WholeClip, video: Tensor, config: VAETraining, noise: float, small: bool
+) -> tuple[Tensor, Tensor]:
     """Returns the whole loss and its reconstruction term for one batch."""
     mean, log_variance = model.encode(video)
     latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-    latents = latents + config.decoder_noise * torch.rand(mean.shape[0], 1, 1, 1, 1) * torch.randn_like(mean)
+    latents = latents + noise * torch.rand(mean.shape[0], 1, 1, 1, 1) * torch.randn_like(mean)
     target = video
     if small:
         latents = F.avg_pool3d(latents, (1, 2, 2))
@@ -160,7 +169,7 @@ def measure_spread(vae: AutoencoderKLWan, seed: int, clips: int = 48) -> tuple[l
 
 
 def export_vae(state: dict[str, Tensor], folder: Path, seed: int) -> AutoencoderKLWan:
-    """Writes a diffusers folder with the measured latents_mean and latents_std in its config; returns the VAE as written."""
+    """Writes a diffusers folder with latents_mean and latents_std measured; returns the VAE as written."""
     vae = new_vae()
     vae.load_state_dict({name: value.contiguous() for name, value in state.items()})
     vae.half().float().eval()  # what is measured is what the file holds
@@ -178,29 +187,25 @@ def train_vae(folder: Path, config: VAETraining) -> AutoencoderKLWan:
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     model = WholeClip(new_vae())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = Schedule(model, config.muon_lr, config.adam_lr)
     average = {name: value.clone() for name, value in model.vae.state_dict().items()}
     started = last_export = time.monotonic()
-    step, shown = 0, 0.0
-    while (elapsed := (time.monotonic() - started) / 60.0) < config.minutes:
-        rate = config.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1.0 + np.cos(np.pi * elapsed / config.minutes)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        frames, side, clips, _ = MIX[int(rng.choice(len(MIX), p=[row[3] for row in MIX]))]
+    shown = 1.0
+    while (share := (time.monotonic() - started) / 60.0 / config.minutes) < 1.0:
+        young = share < config.stills_share
+        frames, side, clips, _ = STILLS if young else MIX[int(rng.choice(len(MIX), p=[row[3] for row in MIX]))]
         video = random_clips(rng, clips, frames, side)
+        noise = config.decoder_noise * min(1.0, 2.0 * share)
+        small = not young and bool(rng.random() < config.small_share)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, reconstruction = _step_loss(model, video, config, bool(rng.random() < config.small_share))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        decay = min(config.ema, (step + 1) / (step + 10))
+            loss, reconstruction = _step_loss(model, video, config, noise, small)
+        schedule.step(loss, share)
+        decay = min(config.ema, (schedule.steps + 1) / (schedule.steps + 10))
         for name, value in model.vae.state_dict().items():
             average[name].lerp_(value, 1.0 - decay)
-        step += 1
-        shown = 0.98 * shown + 0.02 * float(reconstruction) if step > 1 else float(reconstruction)
-        if step % 100 == 0:
-            get_logger().info(f"vae step {step} minute {elapsed:.1f} reconstruction {shown:.4f} lr {rate:.2e}")
+        shown = 0.97 * shown + 0.03 * float(reconstruction)
+        if schedule.steps % 100 == 0:
+            get_logger().info(f"vae step {schedule.steps} share {share:.2f} reconstruction {shown:.4f}")
         if (time.monotonic() - last_export) / 60.0 > config.export_minutes:
             last_export = time.monotonic()
             export_vae(average, folder, config.seed)

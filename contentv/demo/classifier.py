@@ -35,7 +35,7 @@ class Reading(NamedTuple):
 
 
 def _masks(video: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float64]]:
-    """Returns, per colour, how strongly each pixel shows it: (T, H, W), saturation where the hue fits and 0 elsewhere."""
+    """Returns, per colour, how strongly each pixel shows it (T, H, W): saturation where the hue fits, else 0."""
     hsv = np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2HSV) for f in video.astype(np.float32) / np.float32(255.0)])
     hue, saturation, value = hsv[..., 0], hsv[..., 1].astype(np.float64), hsv[..., 2]
     vivid = (saturation >= MIN_SATURATION) & (value >= MIN_VALUE)
@@ -49,7 +49,7 @@ def _masks(video: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def _track(mask: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Returns the frames in which the object is large enough, and its centre (x, y) in each as fractions of the frame."""
+    """Returns the frames in which the object is large enough, and its centre (x, y) in each, in frame sides."""
     frames, height, width = mask.shape
     seen, centres = [], []
     for index in range(frames):

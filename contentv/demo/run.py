@@ -48,7 +48,9 @@ class Ledger:
         try:
             done = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"is damaged ({error})", where=str(path), remedy="remove the folder and start again") from None
+            raise UserError(
+                f"is damaged ({error})", where=str(path), remedy="remove the folder and start again"
+            ) from None
         if done.get("settings") != settings:
             raise UserError(
                 "this folder holds a demo made with other settings", where=str(path.parent),
@@ -134,7 +136,9 @@ def make_samples(config: DemoConfig, out: Path, name: str, stage: str) -> None:
     folder = out / "samples" / name
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / "prompts.txt"
-    listing.write_text("\n".join(spec.caption for spec in prompts(config.prompts, config.seed)) + "\n", encoding="utf-8")
+    listing.write_text(
+        "\n".join(spec.caption for spec in prompts(config.prompts, config.seed)) + "\n", encoding="utf-8"
+    )
     sample = [
         "-m", "contentv", "sample", f"checkpoint={out / 'run' / stage}", f"prompts={listing}", f"out={folder}",
         f"steps={config.sample_steps}", f"guidance_scale={config.guidance_scale}", f"seed={config.seed}", "batch_size=16",

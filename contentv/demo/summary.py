@@ -95,5 +95,3 @@ def write_page(
 
 def _shift(run: Path) -> float:
     return float(json.loads((run / "stage.json").read_text(encoding="utf-8"))["shift"])
-
-

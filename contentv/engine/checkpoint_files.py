@@ -35,7 +35,7 @@ READ_BYTES = 1 << 24
 
 @dataclass
 class ChunkWriter:
-    """Writes one rank's tensors of one kind, a new file whenever a chunk is full; `files` and `where` say what went where.
+    """Writes one rank's tensors of one kind, in files of one chunk each; `files` and `where` say what went where.
 
     After a failed write it accepts tensors and writes none, so that a rank with a full disk keeps step with the others
     until all of them have heard of it (`error`).
@@ -107,7 +107,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def commit(folder: Path, manifest: dict[str, Any], keep: int) -> None:
-    """Makes the written `.tmp` folder the checkpoint `folder`, points `latest` at it, and removes old ones.
+    """Makes the written `.tmp` folder the checkpoint `folder`, points `latest` at it, removes old and unfinished ones.
 
     Args:
         folder: the checkpoint's final place; one that is already there is replaced.
@@ -119,16 +119,16 @@ def commit(folder: Path, manifest: dict[str, Any], keep: int) -> None:
     sync_folder(partial)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a crash; `folder` came after it
         os.rename(folder, old)
     os.rename(partial, folder)
     pointer = folder.with_name(LATEST + ".tmp")
     write_durably(pointer, f"{folder.name}\n".encode())
     os.replace(pointer, folder.with_name(LATEST))
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    if keep > 0:
-        for path in checkpoints(folder.parent)[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
+    leftovers = [old, *folder.parent.glob("*.tmp"), *(checkpoints(folder.parent)[keep:] if keep > 0 else [])]
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -166,7 +166,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     needed = {"version", "tensors", "files", "step", "optimizer_step", "extra"}
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION or not needed <= manifest.keys():
         raise UserError(
-            f"not a checkpoint manifest of version {VERSION}", where=str(path), remedy="use a checkpoint of this program"
+            f"not a checkpoint manifest of version {VERSION}",
+            where=str(path),
+            remedy="use a checkpoint of this program",
         )
     return manifest
 

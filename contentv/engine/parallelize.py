@@ -1,10 +1,10 @@
 """The ordered procedure that turns a single-process model into one rank's part of it.
 
-  1. tensor parallelism: the plan's layers become their parts;
-  2. sequence parallelism: the three seams are replaced;
-  3. activation recompute: each block's forward is run again in the backward pass;
-  4. compilation, block by block;
-  5. ZeRO comes last and is the caller's (`engine.zero`).
+1. tensor parallelism: the plan's layers become their parts;
+2. sequence parallelism: the three seams are replaced;
+3. activation recompute: each block's forward is run again in the backward pass;
+4. compilation, block by block;
+5. ZeRO comes last and is the caller's (`engine.zero`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from contentv.engine.plans import MMDIT_PLAN
+from contentv.parallel.collectives import equalize
 from contentv.parallel.mesh import RECOMPUTES, Mesh
 from contentv.parallel.tensor import TensorPlan, apply_plan
 from contentv.parallel.ulysses import Attend, Ulysses
 
-# Every fused attention says so in its operator's name: aten::_scaled_dot_product_*_attention*, flash_attn::_flash_attn_*,
+# Every fused attention says so in its operator's name: aten::_scaled_dot_product_*, flash_attn::_flash_attn_*,
 # npu::npu_fusion_attention.
 ATTENTION_OPERATORS = ("scaled_dot_product", "flash_attn", "fusion_attention", "efficient_attention")
 
@@ -47,6 +48,9 @@ def parallelize(
 ) -> dict[str, int]:
     """Makes `model` this rank's part of itself, in place, and returns the split dimension of each split parameter.
 
+    All ranks first take rank 0's weights, so that replicas are equal and parts fit together however each rank made its
+    model.
+
     Args:
         model: the whole model; has the seams and `transformer_blocks`. It can be parallelized once.
         mesh: this rank's place.
@@ -63,7 +67,9 @@ def parallelize(
     if getattr(model, "is_parallelized", False):
         raise RuntimeError("this model is already one rank's part: parallelize takes a whole model")
     model.is_parallelized = True  # type: ignore[assignment]
-    split_dims = apply_plan(model, plan, mesh, device or torch.device("cpu"))
+    if mesh.world > 1:
+        equalize(model.parameters(), device or torch.device("cpu"))
+    split_dims = apply_plan(model, plan, mesh)
     seamed = cast(Seamed, model)
     if mesh.sp > 1:
         assert mesh.sp_group is not None
@@ -81,8 +87,9 @@ def parallelize(
 
 def recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
     """Returns `forward` that keeps its inputs alone (and, if selective, attention outputs) for the backward pass."""
-    context = functools.partial(create_selective_checkpoint_contexts, keep_attention) if selective else None
-    extra = {} if context is None else {"context_fn": context}
+    extra: dict[str, Any] = {}
+    if selective:
+        extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_attention)
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where each parameter's numbers live: fragments of this rank's flat tensors, and how a whole parameter is put together.
+"""Where each parameter's numbers live: fragments of this rank's flat tensors, and how they make up a parameter.
 
 ZeRO keeps fp32 master weights and optimiser states as a few flat tensors per rank. A `Fragment` says which stretch of
 a flattened parameter lies where in them; everything of the same layout (master weights, both Adam moments, the moving
@@ -71,6 +71,12 @@ class Partition:
         """Returns this rank's stretch of a parameter, a 1-d view into its flat tensors (possibly empty)."""
         f = entry.fragment
         return flats[f.flat].detach().narrow(0, f.offset, f.numel)
+
+    @torch.no_grad()
+    def set_local(self, entry: Entry, flats: Sequence[Tensor], value: Tensor) -> None:
+        """Copies this rank's stretch of `value`, the parameter on this tensor rank, into its flat tensors."""
+        f = entry.fragment
+        self.local(entry, flats).copy_(value.reshape(-1)[f.start : f.start + f.numel])
 
     @torch.no_grad()
     def gather(self, entry: Entry, flats: Sequence[Tensor], to: int | None = None) -> Tensor | None:

@@ -32,12 +32,11 @@ from contentv.engine.optim import OptimConfig, lr_at
 from contentv.engine.parallelize import parallelize
 from contentv.engine.partition import Entry, Partition, fragments_of
 from contentv.engine.plans import MMDIT_PLAN
+from contentv.engine.zero_config import PERSIST_BELOW, Ranks, deepspeed_config
 from contentv.parallel.collectives import any_of, gather_json, start, sum_over
 from contentv.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from contentv.parallel.tensor import TensorPlan
 
-BUCKET_ELEMENTS = 50_000_000
-PERSIST_BELOW = 100_000  # smaller weights stay whole on every rank under ZeRO-3
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEPRECATED = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
@@ -58,71 +57,10 @@ def import_deepspeed(device: torch.device) -> Any:
         warnings.filterwarnings("ignore", message=f"`torch.distributed.{name}` is deprecated", category=FutureWarning)
     import deepspeed
 
-    # On the CPU it would compile a C++ all-reduce at start-up (a minute, and a line on stdout) that training never calls.
+    # On the CPU it would compile a C++ all-reduce at start-up, for a minute, that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
-
-
-class Ranks:
-    """What DeepSpeed asks about groups: tensor ranks are model ranks, all others are data ranks."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-
-    def get_model_parallel_group(self) -> Any:
-        return self._mesh.tp_group
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.tp_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.tp
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-
-    def get_data_parallel_group(self) -> Any:
-        return self._mesh.zero_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.zero_rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.zero
-
-
-def deepspeed_config(
-    parallel: ParallelConfig, precision: str, device: torch.device, *,
-    grad_clip: float = 0.0, micro_batch_size: int = 1, persist_below: int = PERSIST_BELOW,
-    bucket: int = BUCKET_ELEMENTS,
-) -> dict[str, Any]:  # fmt: skip
-    """Returns DeepSpeed's configuration, derived from ours: users never write it."""
-    overlap = device.type != "cpu" and parallel.zero_stage >= 2
-    zero: dict[str, Any] = {
-        "stage": parallel.zero_stage,
-        "overlap_comm": overlap,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    if parallel.zero_stage == 3:
-        zero |= {"stage3_param_persistence_threshold": persist_below, "stage3_prefetch_bucket_size": bucket}
-    if parallel.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
-    if parallel.offload == "all":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": max(micro_batch_size, 1),
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # `step` is the boundary, after any number of micro-batches
-        "gradient_clipping": grad_clip,
-        "steps_per_print": 1 << 62,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": zero,
-    }
 
 
 def build_engine(
@@ -146,8 +84,7 @@ def build_engine(
         model: the whole model in fp32, the same on every rank (ranks take the first rank's weights in any case).
         mesh: this rank's place.
         optim: AdamW, schedule, clipping, moving average.
-        precision: fp32, or bf16 for the weights and activations (with fp32 master weights, which start from the
-            weights rounded to bf16).
+        precision: fp32, or bf16 for the weights and activations; the optimiser's master weights are fp32 in any case.
         parallel: ZeRO stage, offload, recompute.
         micro_batch_size: samples of a forward pass on this rank; only reported to DeepSpeed.
         accumulation_steps: micro-batches before a step; any number works, this is the usual one.
@@ -173,15 +110,20 @@ def build_engine(
         list(names), lr=lr_at(0, optim, max_steps), betas=(optim.betas[0], optim.betas[1]), eps=optim.eps,
         weight_decay=optim.weight_decay,
     )  # fmt: skip
+    # bf16: DeepSpeed rounds the weights before it makes the master weights of them; these are the unrounded ones.
+    exact = {name: parameter.detach() for parameter, name in names.items()} if precision == "bf16" else {}
     config = deepspeed_config(
-        parallel, precision, device, grad_clip=optim.grad_clip, micro_batch_size=micro_batch_size,
-        persist_below=persist_below, bucket=min(BUCKET_ELEMENTS, max(sum(p.numel() for p in names), 1)),
+        parallel, precision, device, sum(p.numel() for p in names), grad_clip=optim.grad_clip,
+        micro_batch_size=micro_batch_size, persist_below=persist_below,
     )  # fmt: skip
     deepspeed = import_deepspeed(device)
     inner, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config, mpu=Ranks(mesh))
     fragments, masters = fragments_of(inner.optimizer, names.__getitem__, mesh.zero_rank)
     entries = [Entry(n, shapes[n], split_dims.get(n), fragments[n]) for n in shapes]
-    return ZeroEngine(inner, adamw, Partition(entries, mesh, device), masters, optim, max_steps, parallel, precision)
+    partition = Partition(entries, mesh, device)
+    for name, value in exact.items():
+        partition.set_local(partition.by_name[name], masters, value)
+    return ZeroEngine(inner, adamw, partition, masters, optim, max_steps, parallel, precision)
 
 
 def with_groups(mesh: Mesh, device: torch.device) -> Mesh:
@@ -311,7 +253,7 @@ class ZeroEngine:
 
     def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns AdamW's state of a flat tensor, made now if no step was made yet (as AdamW itself would)."""
-        state = self._adamw.state[flat]
+        state: dict[str, Tensor] = self._adamw.state[flat]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
@@ -392,10 +334,8 @@ def frozen_model(
     if parallel.zero_stage < 3:
         return FrozenModel(model.to(device, DTYPES[precision]))
     settings = dataclasses.replace(parallel, offload="all" if parallel.offload == "all" else "none")
-    config = deepspeed_config(
-        settings, precision, device, persist_below=persist_below,
-        bucket=min(BUCKET_ELEMENTS, max(sum(p.numel() for p in model.parameters()), 1)),
-    )  # fmt: skip
+    numel = sum(p.numel() for p in model.parameters())
+    config = deepspeed_config(settings, precision, device, numel, persist_below=persist_below)
     config["zero_optimization"].pop("offload_optimizer", None)
     inner, *_ = import_deepspeed(device).initialize(model=model, config=config, mpu=Ranks(mesh))
     return FrozenModel(inner)

@@ -168,7 +168,7 @@ class JointAttention(nn.Module):
         k_video = self.norm_k(self.to_k(video).unflatten(2, heads))
         v_video = self.to_v(video).unflatten(2, heads)
         q_text = self.norm_added_q(self.add_q_proj(text).unflatten(2, heads))
-        k_text = self.norm_added_q(self.add_k_proj(text).unflatten(2, heads))
+        k_text = self.norm_added_k(self.add_k_proj(text).unflatten(2, heads))
         v_text = self.add_v_proj(text).unflatten(2, heads)
 
         q = torch.cat([q_video, q_text], dim=1)

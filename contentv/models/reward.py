@@ -11,9 +11,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPModel
+from transformers.utils.logging import disable_progress_bar
 
 from contentv.base.errors import UserError
 from contentv.models.folders import read_json
+
+# A bar for every encoder that is read would tear the training's own progress bar.
+disable_progress_bar()
 
 
 class RewardModel(Protocol):

@@ -15,11 +15,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from contentv.base.errors import UserError
 from contentv.base.log import get_logger, log_once
 from contentv.base.types import TextCond
 from contentv.models.folders import fingerprint
+
+# A bar for every encoder that is read would tear the training's own progress bar.
+disable_progress_bar()
 
 CLIP_FOLDERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 T5_FOLDERS = ("text_encoder_3", "tokenizer_3")

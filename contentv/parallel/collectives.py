@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,9 +38,20 @@ def start(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[i
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # libraries below ask for it
             dist.init_process_group(
-                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+                backend,
+                store=torch._C._distributed_c10d.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=timeout,
+                device_id=device_id,
             )
     return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
+    """Waits until every rank has come here; nothing to wait for in a process that joined no group."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def stop() -> None:
@@ -56,6 +68,20 @@ def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     call(out, x.contiguous().view(-1), group=group)
     return out.view(size, *x.shape)
+
+
+@torch.no_grad()
+def equalize(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Copies rank 0's values of the tensors to all ranks, one tensor at a time.
+
+    Args:
+        tensors: the same shapes in the same order on every rank; overwritten.
+        device: where the backend wants its tensors.
+    """
+    for tensor in tensors:
+        value = tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+        dist.broadcast(value, 0)
+        tensor.copy_(value)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -85,8 +111,8 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
         x: (P, ...), row p for rank p of the group of P ranks; same shape on all.
         group: the ranks.
     """
-    out: Tensor = _AllToAll.apply(x, group)
-    return out
+    apply: Callable[..., Tensor] = _AllToAll.apply
+    return apply(x, group)
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -116,8 +142,8 @@ def gather_tokens(x: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
         n: tokens without padding.
         group: the ranks, in the order of their tokens.
     """
-    out: Tensor = _GatherTokens.apply(x, n, group)
-    return out
+    apply: Callable[..., Tensor] = _GatherTokens.apply
+    return apply(x, n, group)
 
 
 class _Enter(torch.autograd.Function):
@@ -151,14 +177,14 @@ class _Leave(torch.autograd.Function):
 
 def enter_tensor_parallel(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns `x`, used by every tensor rank for a part of the result: its gradients are summed over the ranks."""
-    out: Tensor = _Enter.apply(x, group)
-    return out
+    apply: Callable[..., Tensor] = _Enter.apply
+    return apply(x, group)
 
 
 def leave_tensor_parallel(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Returns the sum of the tensor ranks' `x`; each gets the whole gradient."""
-    out: Tensor = _Leave.apply(x, group)
-    return out
+    apply: Callable[..., Tensor] = _Leave.apply
+    return apply(x, group)
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None, device: torch.device) -> list[Any]:

@@ -48,7 +48,7 @@ class ParallelConfig:
                 )
         if self.offload == "all" and self.zero_stage != 3:
             raise UserError(
-                f"parallel.offload=all keeps the weights in host memory, which parallel.zero_stage={self.zero_stage} cannot",
+                f"parallel.offload=all keeps the weights in host memory, parallel.zero_stage={self.zero_stage} cannot",
                 where="parallel.offload, parallel.zero_stage",
                 remedy="use parallel.zero_stage=3, or parallel.offload=optimizer",
             )

@@ -11,15 +11,16 @@ Source: Shoeybi et al. 2019 (arXiv 1909.08053, Megatron-LM).
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from contentv.base.errors import UserError
 from contentv.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
@@ -83,7 +84,7 @@ class ColumnLinear(nn.Module):
         self.bias = None if whole.bias is None else _part(whole.bias, 0, mesh)
 
     def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
-        return F.linear(enter_tensor_parallel(x, self.group), self.weight, self.bias)
+        return functional.linear(enter_tensor_parallel(x, self.group), self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -97,7 +98,7 @@ class RowLinear(nn.Module):
         self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().clone())
 
     def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
-        out = leave_tensor_parallel(F.linear(x, self.weight), self.group)
+        out = leave_tensor_parallel(functional.linear(x, self.weight), self.group)
         return out if self.bias is None else out + self.bias
 
 
@@ -106,17 +107,15 @@ def _part(whole: Tensor, dim: int, mesh: Mesh) -> nn.Parameter:
     return mark(nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
-def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh, device: torch.device) -> dict[str, int]:
+def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, int]:
     """Replaces the plan's layers by their parts, in place, and returns the split dimension of each split parameter.
 
-    All tensor ranks first take the weights of the group's first rank, so that what is replicated is equal and what is
-    split fits together, however each rank made its model. Names of parameters do not change.
+    Names of parameters do not change.
 
     Args:
-        model: the whole model, on any device.
+        model: the whole model, with the same weights on every rank.
         plan: which layers.
         mesh: this rank's place.
-        device: where the tensor group's backend wants its tensors.
 
     Raises:
         UserError: a weight does not divide.
@@ -124,7 +123,6 @@ def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh, device: torch.dev
     if mesh.tp == 1:
         return {}
     assert mesh.tp_group is not None
-    _equalize(model, mesh, device)
     layers: Mapping[str, nn.Module] = dict(model.named_modules())
     dims: dict[str, int] = {}
     for name, module in layers.items():
@@ -136,7 +134,8 @@ def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh, device: torch.dev
             setattr(layers[parent], leaf, kind(module, mesh))
         elif matches(name, plan.partial):
             for parameter in module.parameters(recurse=False):
-                parameter.register_hook(partial(_summed, group=mesh.tp_group))
+                on_gradient: Callable[..., Any] = parameter.register_hook
+                on_gradient(partial(_summed, group=mesh.tp_group))
     for name, _ in model.named_parameters():
         dim = plan.dim_of(name)
         if dim is not None:
@@ -148,13 +147,3 @@ def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = grad.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
-
-
-@torch.no_grad()
-def _equalize(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
-    """Copies the weights of each tensor group's first rank to its other ranks, one parameter at a time."""
-    source = mesh.rank - mesh.tp_rank
-    for parameter in model.parameters():
-        value = parameter.data.to(device, copy=True, memory_format=torch.contiguous_format)
-        dist.broadcast(value, source, group=mesh.tp_group)
-        parameter.data.copy_(value)

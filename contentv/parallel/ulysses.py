@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from contentv.base.types import TokenCounts
 from contentv.parallel.collectives import all_to_all, gather_tokens
@@ -48,7 +48,7 @@ class Ulysses:
         n = x.shape[1]
         local = padded_part(n, self.parts)
         own = x[:, self.part * local : (self.part + 1) * local]
-        return F.pad(own, (0, 0, 0, local - own.shape[1]))
+        return functional.pad(own, (0, 0, 0, local - own.shape[1]))
 
     def merge_tokens(self, x: Float[Tensor, "b n_local d"], n: int) -> Float[Tensor, "b n d"]:
         """Returns all n tokens on every rank; see `gather_tokens` for what that means for gradients."""
@@ -77,8 +77,8 @@ class Ulysses:
     ) -> Float[Tensor, "three b s heads_local dh"]:
         """Returns q, k and v of the whole sequence for this rank's heads."""
         heads = padded_part(qkv.shape[3], self.parts)
-        qkv = F.pad(qkv, (0, 0, 0, heads * self.parts - qkv.shape[3]))
-        send = qkv.unflatten(3, (self.parts, heads)).movedim(3, 0)  # P three b s_local heads_local dh
+        qkv = functional.pad(qkv, (0, 0, 0, heads * self.parts - qkv.shape[3]))
+        send = torch.unflatten(qkv, 3, (self.parts, heads)).movedim(3, 0)  # P three b s_local heads_local dh
         received = all_to_all(send, self.group)  # row p: rank p's tokens
         video = padded_part(tokens.video, self.parts)
         parts = (received[:, :, :, :video], received[:, :, :, video:])
@@ -90,9 +90,9 @@ class Ulysses:
     ) -> Float[Tensor, "b s_local heads dh"]:
         """Returns all heads of this rank's tokens; `heads` without padding."""
         streams = []
-        for stream, n in zip(out.split([tokens.video, tokens.text], dim=1), tokens, strict=True):
+        for stream, n in zip((out[:, : tokens.video], out[:, tokens.video :]), tokens, strict=True):
             local = padded_part(n, self.parts)
-            stream = F.pad(stream, (0, 0, 0, 0, 0, local * self.parts - n))
-            streams.append(stream.unflatten(1, (self.parts, local)).movedim(1, 0))  # P b n_local heads_local dh
+            stream = functional.pad(stream, (0, 0, 0, 0, 0, local * self.parts - n))
+            streams.append(torch.unflatten(stream, 1, (self.parts, local)).movedim(1, 0))  # P b n_local heads_local dh
         received = all_to_all(torch.cat(streams, dim=2), self.group)  # row p: rank p's heads
         return received.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :heads]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from contentv.base.errors import UserError
 from contentv.config.compose import config_dir, groups, keys, load_config
+from contentv.config.document import keys_page
 from contentv.config.graph import build_graph, config_hash
 from contentv.config.schema import ROOTS, PipelineConfig, StageNode
 
@@ -91,3 +94,8 @@ def test_a_wrong_graph_is_refused_before_anything_starts(stages: list[StageNode]
 
 def test_the_yaml_files_are_found_in_the_checkout() -> None:
     assert (config_dir() / "train.yaml").is_file()
+
+
+def test_the_page_of_keys_is_what_the_code_says() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "keys.md").read_text(encoding="utf-8")
+    assert page == keys_page(), "run `make docs`"

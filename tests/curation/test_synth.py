@@ -74,7 +74,9 @@ def test_variants_differ_from_clean_as_named() -> None:
     rng = np.random.default_rng(2)
     for _ in range(8):
         spec = sample_spec(rng)
-        values = {v: render_clip(type(spec)(**{**vars(spec), "variant": v}), 5, 64) for v in ("clean", "blurred", "noisy")}
+        values = {
+            v: render_clip(type(spec)(**{**vars(spec), "variant": v}), 5, 64) for v in ("clean", "blurred", "noisy")
+        }
         assert sharpness(values["blurred"]) < sharpness(values["clean"]) < sharpness(values["noisy"])
     still = render_clip(sample_spec(rng, variant="static"), 10, 64)
     np.testing.assert_array_equal(still[0], still[9])
@@ -99,7 +101,10 @@ def test_captions_name_what_is_there_and_belong_to_the_grammar() -> None:
 def test_files_lie_beside_each_other_and_decode_to_the_frames(tmp_path: Path) -> None:
     config = SynthConfig(size_px=64, joined_share=0.6, images=2)
     paths = synthesize(tmp_path, 4, 11, config)
-    assert [path.name for path in paths] == [f"clip-{i:05d}.mp4" for i in range(4)] + ["image-00000.png", "image-00001.png"]
+    assert [path.name for path in paths] == [f"clip-{i:05d}.mp4" for i in range(4)] + [
+        "image-00000.png",
+        "image-00001.png",
+    ]
     cuts = 0
     for index, path in enumerate(paths[:4]):
         truth = json.loads(path.with_suffix(".json").read_text())
@@ -134,12 +139,24 @@ def test_mp4_is_h264_yuv420p(tmp_path: Path) -> None:
     write_mp4(tmp_path / "x.mp4", np.zeros((3, 32, 32, 3), np.uint8), 8)
     with av.open(str(tmp_path / "x.mp4")) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt, int(stream.average_rate)) == ("h264", "yuv420p", 8)
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, int(stream.average_rate)) == (
+            "h264",
+            "yuv420p",
+            8,
+        )
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("size_px", 33), ("clips", -1), ("joined_share", 1.5), ("fps", 0), ("crf", 60), ("variants", {"wobbly": 1.0}), ("variants", {})],
+    [
+        ("size_px", 33),
+        ("clips", -1),
+        ("joined_share", 1.5),
+        ("fps", 0),
+        ("crf", 60),
+        ("variants", {"wobbly": 1.0}),
+        ("variants", {}),
+    ],
 )
 def test_values_out_of_range_are_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(UserError, match=key):

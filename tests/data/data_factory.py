@@ -47,7 +47,12 @@ def writer(path: Path, **options: Any) -> DatasetWriter:
 
 
 def fill(
-    target: DatasetWriter, count: int, bucket: Bucket = SMALL, first: int = 0, source: str = "films", media: bool = False
+    target: DatasetWriter,
+    count: int,
+    bucket: Bucket = SMALL,
+    first: int = 0,
+    source: str = "films",
+    media: bool = False,
 ) -> None:
     for i in range(first, first + count):
         target.add(

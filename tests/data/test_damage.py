@@ -138,7 +138,7 @@ def test_too_much_damage_stops_with_the_count(tmp_path: Path) -> None:
     path = one_shard(tmp_path / "d")
     for i in range(4):
         flip(path, f"{key(i)}.safetensors")
-    with pytest.raises(UserError, match="3 of .* samples read are damaged") as caught:
+    with pytest.raises(UserError, match=r"3 of .* samples read are damaged") as caught:
         one_epoch(path, tmp_path, max_bad_samples=2, max_bad_fraction=0.0)
     assert "quarantine.jsonl" in caught.value.remedy
     assert source(path, max_bad_samples=2, max_bad_fraction=0.9).quarantined == 0
@@ -175,6 +175,20 @@ def test_a_missing_or_wrong_index_is_made_again(tmp_path: Path, content: bytes |
     assert found == intact
     assert stream.quarantined == 0
     assert index.read_bytes() == written
+
+
+def test_a_new_index_never_blesses_an_altered_shard(tmp_path: Path) -> None:
+    path = build(tmp_path / "d", {SMALL: 12})
+    first = json.loads((path / "dataset.json").read_text())["shards"][0]["samples"]
+    index = path / SHARD.replace(".tar", ".index.json")
+    index.unlink()
+    flip(path, f"{key(1)}.safetensors", byte=-600)  # in the padding or payload before it: no header is touched
+    found, stream = one_epoch(path, tmp_path)
+    assert set(found) == {key(i) for i in range(first, 12)}
+    assert stream.quarantined == first
+    ((_, bad_key, reason),) = quarantined(tmp_path / "run/quarantine.jsonl")
+    assert (bad_key, "whole shard" in reason) == ("*", True)
+    assert not index.exists()
 
 
 def test_a_dataset_without_indexes_on_a_read_only_disk_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +322,7 @@ def test_an_index_that_points_elsewhere_is_caught_even_with_matching_checksums(t
     dataset = json.loads((path / "dataset.json").read_text())
     dataset["shards"][0]["index_xxh128"] = xxhash.xxh128_hexdigest(index.read_bytes())
     (path / "dataset.json").write_text(json.dumps(dataset))
-    found, stream = one_epoch(path, tmp_path)
+    found, _ = one_epoch(path, tmp_path)
     assert set(found) == {key(3)}
     reasons = {reason for _, _, reason in quarantined(tmp_path / "run/quarantine.jsonl")}
     assert any("another sample" in reason for reason in reasons)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from data_factory import IMAGE, SMALL, TEXT, VAE, WIDE, build, fill, key, keys_of, meta, null_text, source, tensors, writer
+from data_factory import IMAGE, SMALL, TEXT, VAE, WIDE, build, fill, key, keys_of, meta, null_text, source, tensors
+from data_factory import writer as open_writer
 
 from contentv.base.errors import UserError
 from contentv.base.types import BatchSource, ReaderRank
@@ -152,9 +153,7 @@ def test_keep_probability_gets_normalised_scores_and_thins_the_epoch(tmp_path: P
     assert len(asked[0]) == len(asked[1]) == 48, "the 12 clips without a motion score are not asked about"
     assert 0.0 <= float(torch.stack(asked).min()) <= float(torch.stack(asked).max()) <= 1.0
     normaliser = Normaliser.load(path)
-    wanted = {
-        key(i) for i in range(60) if i % 5 == 4 or normaliser.apply("films", "visual_raw", float(i % 7)) > 0.5
-    }
+    wanted = {key(i) for i in range(60) if i % 5 == 4 or normaliser.apply("films", "visual_raw", float(i % 7)) > 0.5}
     assert seen == dict.fromkeys(wanted, 2)
     resumed = source(path, keep_probability=keep)
     resumed.load_state_dict(stream.state_dict())
@@ -176,7 +175,7 @@ def test_appending_changes_the_dataset_for_new_runs_only(tmp_path: Path) -> None
     running = source(path)
     straight = keys_of(source(path), 9)
     assert keys_of(running, 3) == straight[:3]
-    with writer(path) as target:
+    with open_writer(path) as target:
         fill(target, 4, first=6)
     assert keys_of(running, 6) == straight[3:]
     assert {k for step in keys_of(source(path), 5) for k in step} == {key(i) for i in range(10)}
@@ -258,7 +257,7 @@ def test_metas_are_all_there_in_order(dataset: Path) -> None:
     expected = [key(i, bucket) for bucket, count in ((SMALL, 26), (WIDE, 11), (IMAGE, 3)) for i in range(count)]
     assert sorted(m["key"] for m in metas) == sorted(expected)
     assert Counter(m["bucket"] for m in metas) == DatasetInfo.load(dataset).bucket_samples
-    assert TEXT == DatasetInfo.load(dataset).text
+    assert DatasetInfo.load(dataset).text == TEXT
 
 
 def read_ahead_threads() -> list[threading.Thread]:

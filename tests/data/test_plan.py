@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 
@@ -45,7 +46,10 @@ def plain(batches: list[PlannedBatch]) -> list[tuple[int, int, str, list[int]]]:
 def test_the_order_is_pinned_down_to_the_number() -> None:
     """A changed order would break the resumption of every running job: these numbers may not change."""
     assert keyed_order(8, key64(1, 2, "b0", "order")).tolist() == [1, 4, 6, 0, 7, 2, 3, 5]
-    assert keyed_uniform(np.array([1, 2], dtype=np.uint64), key64("u")).tolist() == [0.6157682243099117, 0.21058647784959694]
+    assert keyed_uniform(np.array([1, 2], dtype=np.uint64), key64("u")).tolist() == [
+        0.6157682243099117,
+        0.21058647784959694,
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,7 +78,11 @@ def test_a_saved_place_continues_exactly(
 ) -> None:
     def build() -> EpochOrder | WeightedOrder:
         made = streams(sizes, 5, keep)
-        return WeightedOrder(made, {s.name: float(s.size) for s in made}, batch, 5) if weighted else EpochOrder(made, batch, 5)
+        return (
+            WeightedOrder(made, {s.name: float(s.size) for s in made}, batch, 5)
+            if weighted
+            else EpochOrder(made, batch, 5)
+        )
 
     straight = build()
     take(straight, stop)
@@ -106,9 +114,16 @@ def test_places_in_the_order_are_uniform() -> None:
 
 def test_buckets_are_mixed_within_an_epoch() -> None:
     batches = take(EpochOrder(streams([60, 60], 3), 4, 3), 30)
-    changes = sum(a.bucket != b.bucket for a, b in zip(batches, batches[1:], strict=False))
+    changes = sum(a.bucket != b.bucket for a, b in itertools.pairwise(batches))
     assert batches[-1].epoch == 0
     assert 6 <= changes <= 24, "about 15 changes of bucket in 30 steps"
+
+
+def test_every_epoch_mixes_its_buckets_anew() -> None:
+    batches = take(EpochOrder(streams([40, 40], 3), 4, 3), 40)
+    epochs = [[b.bucket for b in batches if b.epoch == epoch] for epoch in (0, 1)]
+    assert Counter(epochs[0]) == Counter(epochs[1])
+    assert epochs[0] != epochs[1]
 
 
 def test_a_bucket_smaller_than_a_batch_repeats_over_epochs() -> None:

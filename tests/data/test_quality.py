@@ -79,7 +79,9 @@ def test_missing_scores_stay_missing_and_unknown_sources_are_errors(tmp_path: Pa
 
 
 def test_sources_have_their_own_ranks(tmp_path: Path) -> None:
-    write_quality(tmp_path, [("dim", i / 100, None) for i in range(101)] + [("bright", 10.0 + i, 1.0) for i in range(101)])
+    write_quality(
+        tmp_path, [("dim", i / 100, None) for i in range(101)] + [("bright", 10.0 + i, 1.0) for i in range(101)]
+    )
     n = Normaliser.load(tmp_path)
     assert n.apply("dim", "visual_raw", 0.5) == pytest.approx(0.5)
     assert n.apply("bright", "visual_raw", 60.0) == pytest.approx(0.5)

@@ -171,3 +171,15 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(UserError, match="AutoencoderKL"):
         VideoVAE.from_folder(tmp_path)
+
+
+def test_a_vae_that_packs_patches_of_pixels_keeps_its_promises(video: torch.Tensor) -> None:
+    model = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
+        in_channels=12, out_channels=12, scale_factor_spatial=8, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    vae = VideoVAE(model)
+    raw = vae.encode(video)
+    assert (vae.spatial_factor, vae.temporal_factor) == (8, 4)
+    assert raw.shape[1:] == vae.latent_shape(Bucket(9, 16, 24)) == (4, 3, 2, 3)
+    assert torch.equal(vae.decode_first_frame(raw).clamp(-1, 1), vae.decode(raw)[:, :, 0])
