@@ -1,4 +1,6 @@
-"""Packages, extras and the console script. No hardware is probed here: a wheel must not depend on where it was built."""
+"""Packages, extras and the console script. No hardware is probed: a wheel must not depend on where it was built."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -6,7 +8,7 @@ setup(
     name="contentv",
     version="0.1.0",
     description="Train text-to-video diffusion transformers: image reuse, low-res video, high-res video, SFT, RLHF",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
@@ -39,7 +41,7 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        # flash-attn and NVIDIA's apex are built from source in the Dockerfile: the registry's `apex` is another project.
+        # flash-attn and NVIDIA's apex are built from source in the Dockerfile: the registry's `apex` is something else.
         "gpu": ["triton>=3.0"],
         "npu": ["torch_npu"],
         "curation": ["ray[default]>=2.30"],

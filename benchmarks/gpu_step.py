@@ -285,7 +285,7 @@ class Bench:
                 step()  # compiles
                 memory[name] = self.peak_bytes(step)
                 candidates[name] = step
-            except torch.OutOfMemoryError:  # noqa: PERF203
+            except torch.OutOfMemoryError:
                 failed[name] = "out of memory"
                 release(self.device)
         rows = [common | {"impl": name, "error": error} for name, error in failed.items()]

@@ -2,8 +2,8 @@
 
 For each seed: a from-scratch low-res run of N steps, and one of the same data, noise and settings that starts from the
 image stage's weights. Both see the same clips at the same noise levels in the same order, so their losses are compared
-step by step. The from-scratch loss is its mean over the last WINDOW steps; the other run has reached it at the first step
-at which its mean over the last WINDOW steps is no larger.
+step by step. The from-scratch loss is its mean over the last WINDOW steps; the other run has reached it at the first
+step at which its mean over the last WINDOW steps is no larger.
 
     python benchmarks/reuse.py --demo demo-out            # after `make demo`: uses its dataset and its image stage
 """
@@ -29,7 +29,9 @@ def losses(dataset: Path, out: Path, seed: int, steps: int, init: str, nproc: in
     """Returns the loss of every step of one run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m", "contentv"]
     keys = [f"data.path={dataset}", f"out={out}", f"train.seed={seed}", f"train.max_steps={steps}", f"init={init}"]
-    done = subprocess.run([sys.executable, *launcher, "train", *SETTINGS, *keys], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *launcher, "train", *SETTINGS, *keys], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise SystemExit(done.stderr)
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -52,7 +54,9 @@ def main() -> None:
     parser.add_argument("--nproc", type=int, default=2)
     arguments = parser.parse_args()
     if not (arguments.demo / "run" / "image" / "stage.json").is_file():
-        raise SystemExit(f"{arguments.demo} holds no finished image stage: run `make demo` first, or name one with --demo")
+        raise SystemExit(
+            f"{arguments.demo} holds no finished image stage: run `make demo` first, or name one with --demo"
+        )
     rows: list[dict[str, object]] = []
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +72,9 @@ def main() -> None:
             "image_init_loss": sum(warm[-WINDOW:]) / WINDOW, **provenance(torch.device("cpu")),
         }  # fmt: skip
         rows.append(row)
-        sys.stdout.write(json.dumps({k: row[k] for k in ("seed", "scratch_loss", "image_init_reached_at", "share")}) + "\n")
+        sys.stdout.write(
+            json.dumps({k: row[k] for k in ("seed", "scratch_loss", "image_init_reached_at", "share")}) + "\n"
+        )
     print(append_rows(rows, "reuse", torch.device("cpu")))
 
 

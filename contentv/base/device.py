@@ -78,7 +78,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets); no number for the CPU: its peak is not
 # a published constant, and an MFU against a guess would mean nothing.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "4090": 165e12, "910B": 376e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "4090": 165e12,
+    "910B": 376e12,
+}
 
 
 def peak_flops(device: torch.device) -> float:

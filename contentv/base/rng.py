@@ -31,9 +31,7 @@ def keyed_generators(seed: int, step: int, indices: Tensor | Sequence[int], stre
     return [keyed_generator(seed, step, int(index), stream) for index in indices]
 
 
-def keyed_normal(
-    shape: Sequence[int], seed: int, step: int, indices: Tensor | Sequence[int], stream: str
-) -> Tensor:
+def keyed_normal(shape: Sequence[int], seed: int, step: int, indices: Tensor | Sequence[int], stream: str) -> Tensor:
     """Returns standard normal draws (len(indices), *shape), fp32 on the CPU, row i keyed by indices[i]."""
     rows = [torch.randn(tuple(shape), generator=g) for g in keyed_generators(seed, step, indices, stream)]
     return torch.stack(rows)

@@ -87,7 +87,7 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the batch with its large tensors on `device`; scores and indices stay on the CPU, where draws are made."""
+        """Returns the batch with its large tensors on `device`; scores and indices stay on the CPU, for the draws."""
         return Batch(
             self.keys, self.captions, self.bucket, self.latents.to(device), self.text.to(device),
             self.motion, self.visual, self.sample_index,
@@ -113,7 +113,7 @@ class LossOutput:
 
 @runtime_checkable
 class VelocityModel(Protocol):
-    """Anything that predicts a velocity: (b c t h w), timestep in [0, 1000], text tokens, pooled text -> (b c t h w)."""
+    """Predicts the velocity (b c t h w) of noisy latents from a timestep in [0, 1000], text tokens and pooled text."""
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ def run(config: CurateRoot, overrides: Sequence[str]) -> None:
     """Curates and prints what was kept and rejected."""
     report = curate_dataset(config)
     console.print(
-        f"{report.kept} samples kept, {report.rejected} rejected (rejects.jsonl), {report.seconds:.0f} s: {config.output}",
+        f"{report.kept} samples kept, {report.rejected} rejected (rejects.jsonl), {report.seconds:.0f} s: "
+        f"{config.output}",
         highlight=False,
     )

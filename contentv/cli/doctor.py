@@ -27,8 +27,8 @@ OPTIONAL = {
     "tensorboard": ("tensorboard", "pip install 'contentv[tensorboard]'"),
     "triton": ("triton", "pip install 'contentv[gpu]' (NVIDIA GPUs)"),
     "flash-attn": ("flash_attn", "built from source in the Dockerfile's cuda target (NVIDIA GPUs)"),
-    "apex (NVIDIA)": ("apex.normalization", "built from source in the Dockerfile's cuda target; the registry's apex is another project"),
-    "torch_npu": ("torch_npu", "pip install 'contentv[npu]' on a machine with CANN (Ascend NPUs); not run on hardware so far"),
+    "apex (NVIDIA)": ("apex.normalization", "built in the Dockerfile's cuda target; PyPI's apex is another project"),
+    "torch_npu": ("torch_npu", "pip install 'contentv[npu]' on a machine with CANN; not run on hardware so far"),
     "ray": ("ray", "pip install 'contentv[curation]' (curation on several machines)"),
 }  # fmt: skip
 
@@ -49,9 +49,8 @@ def _importable(module: str) -> bool:
 
 def facts() -> dict[str, Any]:
     """Returns everything doctor shows, as plain values."""
-    import torch
-
     import contentv_kernels
+    import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     types = devices.available_types()
@@ -90,7 +89,9 @@ def run(config: DoctorConfig, overrides: Sequence[str]) -> None:
     table = Table(title=f"contentv {found['contentv']}", show_header=False)
     for name in ("python", "platform", "cpu_cores", "devices", "device_names", "backend"):
         table.add_row(name, ", ".join(found[name]) if isinstance(found[name], list) else str(found[name]))
-    table.add_row("memory", f"{found['memory_bytes'] / 2**30:.1f} GiB, disk free {found['disk_free_bytes'] / 2**30:.0f} GiB")
+    table.add_row(
+        "memory", f"{found['memory_bytes'] / 2**30:.1f} GiB, disk free {found['disk_free_bytes'] / 2**30:.0f} GiB"
+    )
     table.add_row("H.264 encoder", "yes" if found["ffmpeg_codecs"] else "no: pip install --force-reinstall av")
     for name, version in found["libraries"].items():
         table.add_row(name, version or "missing: pip install contentv")

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from contentv import __version__
-from contentv.base.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, StoppedBySignalError, UserError, nearest
+from contentv.base.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    StoppedBySignalError,
+    UserError,
+    nearest,
+)
 
 COMMANDS = {
     "demo": "the whole product on this machine: MP4 files -> shards -> four stages -> sampled videos -> report",

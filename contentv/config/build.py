@@ -67,7 +67,12 @@ def plan_stage(root: TrainRoot) -> Plan:
         fps=clip_fps(info),
         steps=root.train.max_steps,
         config_hash=config_hash(root),
-        consumed={"init": root.init, "init_stage": weights.manifest.stage, "data": root.data.path, "data_hash": info.fingerprint},
+        consumed={
+            "init": root.init,
+            "init_stage": weights.manifest.stage,
+            "data": root.data.path,
+            "data_hash": info.fingerprint,
+        },
         weights={"ema": "export/ema", "raw": "export/raw"},
         vae_path=_absolute(root.vae.path),
         text_path=_absolute(root.text.path),
@@ -147,7 +152,9 @@ def build_objective(plan: Plan, null_text: TextCond, mesh: Mesh, device: torch.d
             f"this VAE ({vae.fingerprint}) is not the dataset's ({plan.info.vae.fingerprint})",
             where=f"vae.path={vae_path}", remedy="name the VAE that the dataset was curated with",
         )  # fmt: skip
-    reward = CLIPReward.from_folder(existing_folder(root.reward.path, "reward.path", "a reward model's folder")).to(device)
+    reward = CLIPReward.from_folder(existing_folder(root.reward.path, "reward.path", "a reward model's folder")).to(
+        device
+    )
     reference = None
     if root.reward.kl_weight > 0:
         reference = frozen_model(build_model(root, plan.weights), mesh, root.parallel, root.train.precision, device)
@@ -279,7 +286,7 @@ def _train(plan: Plan, out: Path) -> None:
 
 
 def _open_folder(plan: Plan, out: Path) -> None:
-    """Creates the run folder; `train.resume=none` refuses to overwrite a run unless its folder is empty of checkpoints."""
+    """Creates the run folder; `train.resume=none` drops the records of an earlier run in it."""
     out.mkdir(parents=True, exist_ok=True)
     if plan.root.train.resume == "none":
         for name in (MANIFEST, "metrics.jsonl", "ledger.jsonl"):

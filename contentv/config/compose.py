@@ -123,7 +123,7 @@ def _check_override(command: str, item: str) -> None:
         if key in choices and item.partition("=")[2] not in choices[key]:
             raise UserError(
                 f'there is no {key}={item.partition("=")[2]}', where=f"contentv {command}",
-                remedy=f"use one of: {', '.join(choices[key])}. {nearest(item.partition('=')[2], choices[key])}".strip(),
+                remedy=f"use one of: {', '.join(choices[key])}",
             )  # fmt: skip
         return
     if any(key.startswith(f"{k}.") for k in known if k.endswith(("_weights",))):

@@ -1,4 +1,4 @@
-"""`python -m contentv.config.document` writes docs/keys.md from the configuration dataclasses; a test compares the two."""
+"""`python -m contentv.config.document` prints docs/keys.md, made from the configuration dataclasses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contentv.config.schema import ROOTS
 
 INTRODUCTION = """# Every key
 
-Generated from the code by `make docs`: the defaults of the dataclasses, which the files in `conf/` may change for a stage or
-a model. `contentv COMMAND --cfg ...` prints what a command would really use.
+Generated from the code by `make docs`: the defaults of the dataclasses, which the files in `conf/` may change for a
+stage or a model. `contentv COMMAND --cfg ...` prints what a command would really use.
 """
 
 

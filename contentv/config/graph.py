@@ -38,7 +38,9 @@ def build_graph(config: PipelineConfig, out: Path) -> list[StageRun]:
             configuration is wrong.
     """
     if not config.stages:
-        raise UserError("the pipeline has no stages", where="pipeline.stages", remedy="choose a pipeline= that has some")
+        raise UserError(
+            "the pipeline has no stages", where="pipeline.stages", remedy="choose a pipeline= that has some"
+        )
     runs: list[StageRun] = []
     for node in config.stages:
         name = node.name or node.stage
@@ -47,7 +49,8 @@ def build_graph(config: PipelineConfig, out: Path) -> list[StageRun]:
             raise UserError(f'stage "{name}" stands twice', where="pipeline.stages", remedy="give each its own name")
         if node.init and node.init not in known:
             raise UserError(
-                f'stage "{name}" starts from "{node.init}", which no stage before it is called', where="pipeline.stages",
+                f'stage "{name}" starts from "{node.init}", which no stage before it is called',
+                where="pipeline.stages",
                 remedy=f"use one of: {', '.join(known) or '(none: it is the first)'}",
             )  # fmt: skip
         overrides = [f"stage={node.stage}", *config.overrides, *node.overrides, f"out={out / name}"]

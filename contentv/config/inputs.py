@@ -1,4 +1,4 @@
-"""What a run starts from: folders of weights, the frozen VAE and text encoders, datasets. Everything is checked first."""
+"""What a run starts from: folders of weights, frozen encoders, datasets. Everything is checked first."""
 
 from __future__ import annotations
 

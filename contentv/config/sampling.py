@@ -90,7 +90,13 @@ def build_sampler(config: SampleConfig) -> Sampler:
             where="text.path", remedy="name the encoders the model was trained with",
         )  # fmt: skip
     return Sampler(
-        model, vae.to(device), text.to(device), _bucket(config, trained, vae), config.fps or trained.fps or 24.0, shift, device
+        model,
+        vae.to(device),
+        text.to(device),
+        _bucket(config, trained, vae),
+        config.fps or trained.fps or 24.0,
+        shift,
+        device,
     )
 
 
@@ -112,12 +118,16 @@ def _check_fingerprint(what: str, found: str, trained: str, key: str) -> None:
 
 
 def _bucket(config: SampleConfig, trained: StageManifest, vae: VideoVAE) -> Bucket:
-    known = max((Bucket.parse(name) for name in trained.buckets), key=lambda b: b.frames * b.height * b.width, default=None)
+    known = max(
+        (Bucket.parse(name) for name in trained.buckets), key=lambda b: b.frames * b.height * b.width, default=None
+    )
     sizes = [config.frames, config.height, config.width]
     if known is not None:
         sizes = [asked or size for asked, size in zip(sizes, known, strict=True)]
     if 0 in sizes:
-        raise UserError("the size is not known from the checkpoint", where="frames", remedy="give frames=, height=, width=")
+        raise UserError(
+            "the size is not known from the checkpoint", where="frames", remedy="give frames=, height=, width="
+        )
     bucket = Bucket(*sizes)
     step = vae.spatial_factor * 2
     if bucket.frames % vae.temporal_factor != 1 % vae.temporal_factor:
@@ -129,7 +139,9 @@ def _bucket(config: SampleConfig, trained: StageManifest, vae: VideoVAE) -> Buck
     for key, value in (("height", bucket.height), ("width", bucket.width)):
         if value % step:
             raise UserError(
-                f"{key}={value} is not a multiple of {step}", where=key, remedy=f"use {key}={max(step, value // step * step)}"
+                f"{key}={value} is not a multiple of {step}",
+                where=key,
+                remedy=f"use {key}={max(step, value // step * step)}",
             )
     return bucket
 
@@ -137,7 +149,9 @@ def _bucket(config: SampleConfig, trained: StageManifest, vae: VideoVAE) -> Buck
 def read_prompts(config: SampleConfig) -> list[str]:
     """Returns the prompts of `prompt=` or of the file `prompts=`, one a line, empty lines left out."""
     if bool(config.prompt) == bool(config.prompts):
-        raise UserError("give one of prompt= and prompts=", where="contentv sample", remedy='prompt="a red circle" or prompts=FILE')
+        raise UserError(
+            "give one of prompt= and prompts=", where="contentv sample", remedy='prompt="a red circle" or prompts=FILE'
+        )
     if config.prompt:
         return [config.prompt]
     path = Path(config.prompts)

@@ -22,7 +22,7 @@ from contentv.base.log import get_logger
 from contentv.curation.synth_captions import caption_of
 from contentv.curation.synth_world import render_clip, sample_spec
 from contentv.demo.asset_optim import Schedule
-from contentv.demo.asset_text import SIDE_PX, WIDTH, to_unit, tokenize, write_tokenizer
+from contentv.demo.asset_text import SIDE_PX, WIDTH, to_unit, tokenize
 from contentv.demo.asset_vae import reconstruction_loss, spread_loss
 
 
@@ -173,17 +173,14 @@ def sample_pictures(
     return picture.clamp(-1.0, 1.0)
 
 
-def write_image_model(
-    folder: Path, model: SD3Transformer2DModel, encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer,
-    vae: AutoencoderKL | None,
-) -> None:  # fmt: skip
-    """Writes an SD3 pipeline folder in fp16; without `vae` its place is null in model_index.json."""
+def write_image_model(folder: Path, model: SD3Transformer2DModel, vae: AutoencoderKL | None) -> None:
+    """Writes, beside the text encoder and tokenizer, what else an SD3 pipeline folder has, in fp16.
+
+    Without `vae` its place is null in model_index.json.
+    """
     new = new_image_model()
     new.load_state_dict(model.state_dict())
     new.half().save_pretrained(folder / "transformer")
-    encoder.half().save_pretrained(folder / "text_encoder")
-    encoder.float()
-    write_tokenizer(tokenizer, folder / "tokenizer")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     if vae is not None:
         vae.half().save_pretrained(folder / "vae")

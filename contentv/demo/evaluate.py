@@ -1,4 +1,4 @@
-"""Do the sampled videos show what their prompts say? Measured on the written files, by pixels and by the reward model."""
+"""Do the sampled videos show what their prompts say? Measured on the files, by pixels and the reward model."""
 
 from __future__ import annotations
 

@@ -54,12 +54,12 @@ def make_vae(out: Path, speed: float) -> None:
 
 
 def make_text(out: Path, speed: float) -> None:
-    """Writes out/text_encoder, out/tokenizer and, for `make_reward` to go on from, out/reward."""
+    """Writes text_encoder and tokenizer into out/image_model and, for `make_reward` to go on from, out/reward."""
     config = TextTraining()
     config.contrast_minutes *= speed
     tokenizer, clip, facts = train_text(config)
-    write_text_encoder(clip, out / "text_encoder")
-    write_tokenizer(tokenizer, out / "tokenizer")
+    write_text_encoder(clip, out / "image_model" / "text_encoder")
+    write_tokenizer(tokenizer, out / "image_model" / "tokenizer")
     write_reward(clip, tokenizer, out / "reward")
     get_logger().info(f"text: {facts}")
 
@@ -74,7 +74,7 @@ def make_reward(out: Path, speed: float) -> None:
 
 
 def make_image_model(out: Path, speed: float) -> None:
-    """Writes out/image_model; its VAE, which the video model has no use for, goes to out/image_vae, not shipped."""
+    """Completes out/image_model; its VAE, which the video model has no use for, goes to out/image_vae, not shipped."""
     config = ImageTraining()
     config.vae_minutes *= speed
     config.model_minutes *= speed
@@ -83,7 +83,7 @@ def make_image_model(out: Path, speed: float) -> None:
     encoder, tokenizer = _read_text(out)
     text, null = (encode_captions(encoder, tokenizer, captions) for captions in (pictures.captions, [""]))
     model, _ = train_image_model(encode_pictures(vae, pictures), text, null, config)
-    write_image_model(out / "image_model", model, encoder, tokenizer, None)
+    write_image_model(out / "image_model", model, None)
     vae.half().save_pretrained(out / "image_vae")
 
 
@@ -127,8 +127,8 @@ def _part(out: Path, name: str) -> Path:
 
 
 def _read_text(out: Path) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
-    encoder = CLIPTextModelWithProjection.from_pretrained(_part(out, "text_encoder"), dtype=torch.float32)
-    return encoder.eval(), CLIPTokenizer.from_pretrained(_part(out, "tokenizer"))
+    encoder = CLIPTextModelWithProjection.from_pretrained(_part(out, "image_model/text_encoder"), dtype=torch.float32)
+    return encoder.eval(), CLIPTokenizer.from_pretrained(_part(out, "image_model/tokenizer"))
 
 
 def _read_reward(out: Path) -> tuple[CLIPModel, CLIPTokenizer]:

@@ -26,7 +26,7 @@ from contentv.demo.summary import write_page, write_summary
 from contentv.train.pipeline import launch, local_launcher, run_pipeline
 
 ASSETS = Path(__file__).parent / "assets"
-BUCKETS = ("f1_h64_w64", "f9_h64_w64", "f17_h96_w96")
+BUCKETS = ("f1_h64_w64", "f9_h48_w48", "f17_h64_w64")
 
 
 @dataclass
@@ -124,9 +124,12 @@ def train_stages(config: DemoConfig, out: Path, ledger: Ledger) -> None:
     pipeline = load_config("pipeline", [f"pipeline={config.pipeline}"]).pipeline
     common = [
         *pipeline.overrides, f"data.path={out / 'dataset'}", f"vae.path={ASSETS / 'vae'}",
-        f"text.path={ASSETS / 'image_model'}", f"train.seed={config.seed}", *config.overrides,
+        f"text.path={ASSETS / 'image_model'}", f"reward.path={ASSETS / 'reward'}", f"train.seed={config.seed}",
+        *config.overrides,
     ]  # fmt: skip
-    stages = build_graph(replace(pipeline, nproc=config.nproc, overrides=common), out / "run")
+    first, *rest = pipeline.stages
+    first = replace(first, overrides=[*first.overrides, f"init={ASSETS / 'image_model'}"])
+    stages = build_graph(replace(pipeline, nproc=config.nproc, overrides=common, stages=[first, *rest]), out / "run")
     results = run_pipeline(stages, out / "run", local_launcher(config.nproc), {"OMP_NUM_THREADS": "1"})
     ledger.done["seconds_per_stage"] = {result.name: result.seconds for result in results}
 
@@ -141,7 +144,8 @@ def make_samples(config: DemoConfig, out: Path, name: str, stage: str) -> None:
     )
     sample = [
         "-m", "contentv", "sample", f"checkpoint={out / 'run' / stage}", f"prompts={listing}", f"out={folder}",
-        f"steps={config.sample_steps}", f"guidance_scale={config.guidance_scale}", f"seed={config.seed}", "batch_size=16",
+        f"steps={config.sample_steps}", f"guidance_scale={config.guidance_scale}", f"seed={config.seed}",
+        "batch_size=16",
     ]  # fmt: skip
     code = launch([*local_launcher(config.nproc), *sample], {"OMP_NUM_THREADS": "1"})
     if code != 0:
@@ -149,7 +153,7 @@ def make_samples(config: DemoConfig, out: Path, name: str, stage: str) -> None:
 
 
 def measure(config: DemoConfig, out: Path, ledger: Ledger) -> None:
-    """Classifies the samples by their pixels, scores them by the reward model, and writes summary.json and report.html."""
+    """Classifies and scores the samples, and writes summary.json and report.html."""
     specs = prompts(config.prompts, config.seed)
     results: dict[str, Evaluation] = {
         name: evaluate(specs, out / "samples" / name, ASSETS / "reward") for name in ("before", "after")

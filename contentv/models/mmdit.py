@@ -139,7 +139,8 @@ class MMDiT(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the model computes in: that of its weights."""
-        return self.context_embedder.weight.dtype
+        # By iteration: naming another module's weight would make ZeRO-3 keep it gathered for the whole forward pass.
+        return next(self.context_embedder.parameters()).dtype
 
     def forward(
         self,

@@ -42,16 +42,21 @@ class LoopConfig:
     seed: int = _doc(0, "seed of the data order and of all draws")
     checkpoint_every: int = _doc(500, "steps between checkpoints; 0 = only at the end")
     keep_checkpoints: int = _doc(2, "newest checkpoints kept; 0 = all")
-    resume: str = _doc("auto", "auto (go on from the newest checkpoint of out=) | none (start anew) | a checkpoint folder")
+    resume: str = _doc(
+        "auto", "auto (go on from the newest checkpoint of out=) | none (start anew) | a checkpoint folder"
+    )
     log_every: int = _doc(10, "steps between rows of metrics.jsonl")
     max_skipped_steps: int = _doc(10, "stop after this many steps in a row without finite gradients")
 
     def __post_init__(self) -> None:
         for key, low in (("max_steps", 1), ("global_batch_size", 1), ("micro_batch_size", 0), ("max_tokens", 0),
-                         ("checkpoint_every", 0), ("keep_checkpoints", 0), ("log_every", 1), ("max_skipped_steps", 1)):  # fmt: skip
+                         ("checkpoint_every", 0), ("keep_checkpoints", 0), ("log_every", 1),
+                         ("max_skipped_steps", 1)):  # fmt: skip
             value = getattr(self, key)
             if value < low:
-                raise UserError(f"train.{key}={value} is not possible", where=f"train.{key}", remedy=f"use {low} or more")
+                raise UserError(
+                    f"train.{key}={value} is not possible", where=f"train.{key}", remedy=f"use {low} or more"
+                )
         if self.precision not in ("bf16", "fp32"):
             raise UserError(
                 f"train.precision={self.precision} is unknown", where="train.precision", remedy="use bf16 or fp32"
@@ -165,7 +170,7 @@ def run(
                 raise UserError(
                     f"{skipped} steps in a row had no finite gradients; the last checkpoint is untouched",
                     where=f"{stage} step {progress.step}",
-                    remedy="look at the samples of these steps in ledger.jsonl, lower optim.lr, or use train.precision=fp32",
+                    remedy="look at these steps' samples in ledger.jsonl, lower optim.lr, or use train.precision=fp32",
                 )
             if progress.step % config.log_every == 0 or progress.step == config.max_steps:
                 row = summarize(engine, totals, config.global_batch_size)

@@ -100,11 +100,14 @@ class TensorBoardSink:
 class Recorder:
     """Sends rows to every sink and the ledger, and moves the progress bar; silent on ranks other than 0."""
 
-    def __init__(self, sinks: Sequence[MetricSink], ledger: JsonlSink | None, stage: str, max_steps: int, step: int) -> None:
+    def __init__(
+        self, sinks: Sequence[MetricSink], ledger: JsonlSink | None, stage: str, max_steps: int, step: int
+    ) -> None:
         self._sinks = list(sinks) if is_main_process() else []
         self._ledger = ledger if is_main_process() else None
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console,
             disable=not is_main_process() or not (console.is_terminal or os.environ.get("CONTENTV_PROGRESS") == "1"),
         )  # fmt: skip

@@ -48,7 +48,9 @@ class StageResult:
     seconds: float
 
 
-def run_pipeline(stages: Sequence[StageRun], out: Path, launcher: Sequence[str], env: Mapping[str, str]) -> list[StageResult]:
+def run_pipeline(
+    stages: Sequence[StageRun], out: Path, launcher: Sequence[str], env: Mapping[str, str]
+) -> list[StageResult]:
     """Runs the stages that are not done yet and returns what became of each; `out/pipeline.json` records it.
 
     Args:

@@ -127,7 +127,7 @@ def _find(op: str, name: str) -> Impl:
     raise ValueError(f'{op}: implementation "{name}" is unknown; there are: {known}')
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _resolve(op: str, asked: str | None, forced: str | None, device: str, dtype: torch.dtype) -> str:
     """Returns the name of the implementation to run; torch.compile calls this while tracing and keeps the answer."""
     name = asked or forced

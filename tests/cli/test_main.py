@@ -79,7 +79,12 @@ def test_other_ends_have_their_own_codes(run, monkeypatch) -> None:
 
         return fail
 
-    for error, code in ((UserError("x"), 2), (StoppedBySignalError("x"), 75), (KeyboardInterrupt(), 1), (ValueError(), 1)):
+    for error, code in (
+        (UserError("x"), 2),
+        (StoppedBySignalError("x"), 75),
+        (KeyboardInterrupt(), 1),
+        (ValueError(), 1),
+    ):
         monkeypatch.setattr(cli, "_run", raising(error))
         assert run("train")[0] == code
 

@@ -37,7 +37,7 @@ def test_every_choice_of_every_group_composes(group: str) -> None:
 def test_every_pipeline_composes_into_a_graph(name: str, tmp_path) -> None:
     config = load_config("pipeline", [f"pipeline={name}"]).pipeline
     runs = build_graph(config, tmp_path)
-    assert [run.name for run in runs][0] == "image"
+    assert next(run.name for run in runs) == "image"
     assert f"init={tmp_path / 'image'}" in runs[1].overrides
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 
@@ -13,6 +14,8 @@ from contentv.base.errors import UserError
 from contentv.curation.synth import SynthConfig, render_scenes, sample_scenes, synthesize, truth_of, write_mp4
 from contentv.curation.synth_captions import caption_of, every_caption
 from contentv.curation.synth_world import COLOURS, DIRECTIONS, SHADES, VARIANTS, render_clip, sample_spec
+
+cv2.setNumThreads(1)  # its threads wait for each other on a busy machine
 
 
 def read_frames(path: Path) -> np.ndarray:

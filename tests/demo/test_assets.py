@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, SD3Transformer2DModel
 from transformers import AutoConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from contentv.curation.synth_captions import every_caption, prompt
-from contentv.curation.synth_world import COLOURS, DIRECTIONS, render_clip, sample_spec
+from contentv.curation.synth_captions import MOVING, every_caption, prompt
+from contentv.curation.synth_world import COLOURS, DIRECTIONS, SHADES, render_clip, sample_spec
 from contentv.demo.asset_reward import FAULTS, spoil
 from contentv.demo.asset_text import MAX_TOKENS, score, to_unit, tokenize
 from contentv.demo.asset_vae import WholeClip, new_vae
 from contentv.demo.classifier import classify
 from contentv.demo.make_assets import ASSETS, main
+
+cv2.setNumThreads(1)  # its threads wait for each other on a busy machine
+TEXT = ASSETS / "image_model"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_whole_clip_training_pass_equals_diffusers_chunks() -> None:
 
 
 def test_tokenizer_knows_the_grammar_and_spells_the_rest() -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(TEXT / "tokenizer")
     ids = tokenize(tokenizer, every_caption())
     assert tokenizer.model_max_length == MAX_TOKENS == ids.shape[1]
     assert (ids[:, -1] == tokenizer.eos_token_id).all()
@@ -94,19 +98,25 @@ def test_tokenizer_knows_the_grammar_and_spells_the_rest() -> None:
 
 
 @torch.no_grad()
-def test_text_encoder_separates_colour_and_direction_linearly() -> None:
-    """A least-squares read-out fitted on one template reads another template right."""
-    encoder = CLIPTextModelWithProjection.from_pretrained(ASSETS / "text_encoder", dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "tokenizer")
-    labels = [(c, d) for c in COLOURS for d in DIRECTIONS]
-    learnt = [prompt(c, "circle", d, "grey") for c, d in labels]
-    asked = [f"a {c} square sliding {d}" for c, d in labels]
-    for names, pick in ((list(COLOURS), 0), (list(DIRECTIONS), 1)):
-        target = torch.eye(4)[[names.index(label[pick]) for label in labels]]
-        features = [encoder(input_ids=tokenize(tokenizer, t)).text_embeds for t in (learnt, asked)]
-        features = [torch.cat([f, torch.ones(len(f), 1)], 1) for f in features]
-        weights = torch.linalg.pinv(features[0], rtol=1e-2) @ target
-        assert ((features[1] @ weights).argmax(1) == target.argmax(1)).float().mean() > 0.9
+@pytest.mark.parametrize("part", ["pooled", "tokens"])
+def test_text_encoder_separates_colour_and_direction_linearly(part: str) -> None:
+    """A ridge read-out fitted on three templates and circles reads the other templates and squares right."""
+    encoder = CLIPTextModelWithProjection.from_pretrained(TEXT / "text_encoder", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(TEXT / "tokenizer")
+    words = [{"colour": c, "direction": d, "shade": s} for c in COLOURS for d in DIRECTIONS for s in SHADES]
+
+    def features(templates: tuple[str, ...], shape: str) -> torch.Tensor:
+        captions = [template.format(shape=shape, **row) for template in templates for row in words]
+        output = encoder(input_ids=tokenize(tokenizer, captions), output_hidden_states=True)
+        rows = output.text_embeds if part == "pooled" else output.hidden_states[-2].mean(1)
+        return torch.cat([rows, torch.ones(len(rows), 1)], 1)
+
+    learnt, asked = features(MOVING[:3], "circle"), features(MOVING[3:], "square")
+    for names, key in ((list(COLOURS), "colour"), (list(DIRECTIONS), "direction")):
+        label = torch.tensor([names.index(row[key]) for row in words])
+        target = torch.eye(4)[label].repeat(3, 1)
+        weights = torch.linalg.solve(learnt.T @ learnt + 0.1 * torch.eye(learnt.shape[1]), learnt.T @ target)
+        assert ((asked @ weights).argmax(1) == label.repeat(2)).float().mean() > 0.95
 
 
 def test_reward_prefers_right_colours_and_falls_with_every_fault(reward: tuple[CLIPModel, CLIPTokenizer]) -> None:
@@ -141,8 +151,6 @@ def test_image_model_is_an_sd3_folder_of_the_demos_size() -> None:
             assert (folder / name).is_dir()
     assert AutoConfig.from_pretrained(folder / "text_encoder").projection_dim == config.pooled_projection_dim == 64
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"] == 3.0
-    copies = [(root / "text_encoder" / "model.safetensors").read_bytes() for root in (ASSETS, folder)]
-    assert copies[0] == copies[1]
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:

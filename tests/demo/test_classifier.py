@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
 from contentv.curation.synth_world import render_clip, sample_spec
 from contentv.demo.classifier import classify, wilson_interval
+
+cv2.setNumThreads(1)  # its threads wait for each other on a busy machine
 
 
 @pytest.mark.parametrize(("frames", "side"), [(17, 96), (9, 64)])

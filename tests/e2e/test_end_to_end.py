@@ -1,4 +1,4 @@
-"""Video files -> shards -> image stage -> low-res stage on two processes, killed and resumed -> RLHF -> MP4, by the commands users type."""
+"""Video files -> shards -> image stage -> low-res stage on two processes, killed and resumed -> RLHF -> MP4."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def command(*arguments: str, nproc: int = 1) -> list[str]:
 
 
 def contentv(*arguments: str, nproc: int = 1, expect: int = 0) -> str:
-    done = subprocess.run(command(*arguments, nproc=nproc), env=ENV, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command(*arguments, nproc=nproc), env=ENV, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -126,7 +128,8 @@ def test_rlhf_runs_and_its_weights_sample_a_video(dataset: Path, low_run: Path, 
     out = tmp_path / "rlhf"
     contentv(
         "train", "stage=rlhf", "stage.accepts=[lowres_video]", f"data.path={dataset}", f"init={low_run}", f"out={out}",
-        f"reward.path={ASSETS / 'reward'}", "reward.steps=3", "reward.grad_steps=2", "train.max_steps=2", *COMMON, nproc=2,
+        f"reward.path={ASSETS / 'reward'}", "reward.steps=3", "reward.grad_steps=2",
+        "train.max_steps=2", *COMMON, nproc=2,
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(row["reward"] is not None and row["grad_norm"] > 0 for row in rows)

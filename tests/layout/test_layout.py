@@ -64,7 +64,11 @@ def test_only_one_module_imports_deepspeed() -> None:
 
 
 def test_item_is_called_where_metrics_are_made_only() -> None:
-    hot = [p for part in ("models", "diffusion", "objectives", "parallel") for p in (ROOT / "contentv" / part).rglob("*.py")]
+    hot = [
+        p
+        for part in ("models", "diffusion", "objectives", "parallel")
+        for p in (ROOT / "contentv" / part).rglob("*.py")
+    ]
     assert not [name_of(p) for p in hot if ".item()" in p.read_text()]
 
 

@@ -80,7 +80,9 @@ class Recorder:
 def make_batch() -> Batch:
     text = TextCond(torch.zeros(2, 3, 4), torch.zeros(2, 4))
     scores = torch.full((2,), 0.5)
-    return Batch(["a", "b"], ["", ""], Bucket(1, 16, 16), torch.zeros(2, 4, 1, 2, 2), text, scores, scores, torch.arange(2))
+    return Batch(
+        ["a", "b"], ["", ""], Bucket(1, 16, 16), torch.zeros(2, 4, 1, 2, 2), text, scores, scores, torch.arange(2)
+    )
 
 
 def objective(model: Any, batch: Batch, step: int) -> LossOutput:
@@ -140,7 +142,9 @@ def test_too_many_steps_without_finite_gradients_stop_the_run() -> None:
         train([], LoopConfig(max_steps=9, global_batch_size=4, max_skipped_steps=3), skipped=True)
 
 
-@pytest.mark.parametrize(("key", "value"), [("max_steps", 0), ("log_every", 0), ("precision", "fp8"), ("micro_batch_size", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_steps", 0), ("log_every", 0), ("precision", "fp8"), ("micro_batch_size", -1)]
+)
 def test_impossible_values_are_named(key: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"train.{key}"):
         LoopConfig(**{key: value})

@@ -90,7 +90,7 @@ def test_a_damaged_record_is_named(tmp_path, launcher) -> None:
     out = tmp_path / "p"
     run_pipeline([stage(out, "image")], out, launcher, {})
     (out / "pipeline.json").write_text("{")
-    with pytest.raises(UserError, match="pipeline.json"):
+    with pytest.raises(UserError, match=r"pipeline\.json"):
         run_pipeline([stage(out, "image")], out, launcher, {})
 
 
