@@ -182,7 +182,7 @@ class DemoConfig:
     prompts: int = doc(96, "prompts sampled for the measurement; 16 or more")
     seed: int = doc(0, "seed of everything")
     sample_steps: int = doc(20, "solver steps of the samples")
-    guidance_scale: float = doc(3.0, "classifier-free guidance of the samples")
+    guidance_scale: float = doc(4.0, "classifier-free guidance of the samples")
     pipeline: str = doc("demo", "name of the stage graph in conf/pipeline")
     overrides: list[str] = doc([], "training overrides for every stage, such as [train.seed=1]")
 

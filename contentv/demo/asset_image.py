@@ -30,11 +30,11 @@ from contentv.demo.asset_vae import reconstruction_loss, spread_loss
 class ImageTraining:
     """How the image parts are trained: wall time in minutes, number of scenes, batch, rates, seed."""
 
-    vae_minutes: float = 6.0
-    model_minutes: float = 10.0
+    vae_minutes: float = 4.0
+    model_minutes: float = 12.0
     scenes: int = 4000
-    batch: int = 64
-    muon_lr: float = 0.01
+    batch: int = 32
+    muon_lr: float = 0.012
     adam_lr: float = 2e-3
     ema: float = 0.99
     seed: int = 0

@@ -43,8 +43,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 class TextTraining:
     """How the CLIP parts are trained: wall time of the two phases in minutes, learning rate, batch, seed."""
 
-    contrast_minutes: float = 4.0
-    preference_minutes: float = 4.0
+    contrast_minutes: float = 5.0
+    preference_minutes: float = 5.0
     lr: float = 1e-3
     batch: int = 48
     scenes: int = 3000
