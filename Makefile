@@ -40,8 +40,9 @@ test-all: $(STAMP) lint type layers ## everything that runs without an accelerat
 test-gpu: ## the tests that need a CUDA device, in the current Python environment
 	CONTENTV_TYPECHECK=0 $(PYTHON) -m pytest -m gpu tests/kernels
 
-bench: $(STAMP) ## counts and ratios measured on this machine -> benchmarks/results/
-	$(BIN)/python benchmarks/reuse.py
+bench: $(STAMP) ## after `make demo`: its numbers, and whether reuse pays -> benchmarks/results/
+	$(BIN)/python benchmarks/demo.py --demo $(OUT)
+	$(BIN)/python benchmarks/reuse.py --demo $(OUT)
 
 bench-gpu: ## kernels and a training step at the 8B width against diffusers -> benchmarks/results/
 	$(PYTHON) benchmarks/gpu_kernels.py

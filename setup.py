@@ -12,12 +12,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=[*find_packages(include=["contentv", "contentv.*"]), *find_packages("kernels"), "contentv_conf"],
-    package_dir={"contentv_kernels": "kernels/contentv_kernels", "contentv_conf": "conf"},
+    packages=[*find_packages(include=["contentv", "contentv.*"]), *find_packages("kernels"), "contentv._conf"],
+    package_dir={"contentv_kernels": "kernels/contentv_kernels", "contentv._conf": "conf"},
     package_data={
         "contentv": ["py.typed", "demo/assets/**/*"],
         "contentv_kernels": ["py.typed"],
-        "contentv_conf": ["*.yaml", "*/*.yaml"],
+        "contentv._conf": ["*.yaml", "*/*.yaml"],
     },
     install_requires=[
         "torch>=2.10",

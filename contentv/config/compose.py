@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +42,7 @@ def config_dir() -> Path:
     checkout = Path(contentv.__file__).resolve().parent.parent / "conf"
     if (checkout / "train.yaml").is_file():
         return checkout
-    installed = Path(str(importlib.resources.files("contentv_conf")))
+    installed = Path(contentv.__file__).resolve().parent / "_conf"
     if not (installed / "train.yaml").is_file():
         raise UserError("the configuration files are missing", where=str(installed), remedy="reinstall contentv")
     return installed
