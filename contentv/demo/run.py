@@ -26,7 +26,7 @@ from contentv.demo.summary import write_page, write_summary
 from contentv.train.pipeline import launch, local_launcher, run_pipeline
 
 ASSETS = Path(__file__).parent / "assets"
-BUCKETS = ("f1_h64_w64", "f9_h48_w48", "f17_h64_w64")
+BUCKETS = ("f1_h64_w64", "f9_h64_w64", "f17_h80_w80")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A wheel holds everything: the kernels, the configuration files, the demo's models; and works away from the checkout."""
+"""A wheel holds the kernels, the configuration files and the demo's models, and works away from the checkout."""
 
 from __future__ import annotations
 
