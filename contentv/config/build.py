@@ -26,7 +26,7 @@ from contentv.models.mmdit import MMDiT, flops_per_forward
 from contentv.models.reward import CLIPReward
 from contentv.models.vae import VideoVAE
 from contentv.objectives.flow import FlowMatching
-from contentv.objectives.reward import RewardObjective
+from contentv.objectives.reward import RewardConfig, RewardObjective
 from contentv.parallel.collectives import barrier, start, stop
 from contentv.parallel.mesh import Mesh, build_mesh
 from contentv.train.loop import Progress, run
@@ -78,6 +78,14 @@ def plan_stage(root: TrainRoot) -> Plan:
         text_path=_absolute(root.text.path),
     )
     check_predecessor(root.stage, manifest, weights.manifest, root.init)
+    if root.stage.objective == "reward":
+        existing_folder(root.vae.path, "vae.path", "the VAE the dataset was made with")
+        existing_folder(root.reward.path, "reward.path", "a reward model's folder")
+        if root.reward.shift not in (RewardConfig().shift, root.timestep.shift):
+            raise UserError(
+                f"reward.shift={root.reward.shift:g} differs from timestep.shift={root.timestep.shift:g}, and rollouts "
+                "follow the trained shift", where="reward.shift", remedy="leave it out, and set timestep.shift=",
+            )  # fmt: skip
     return Plan(root, info, buckets, weights, manifest)
 
 

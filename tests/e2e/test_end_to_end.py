@@ -128,8 +128,8 @@ def test_rlhf_runs_and_its_weights_sample_a_video(dataset: Path, low_run: Path, 
     out = tmp_path / "rlhf"
     contentv(
         "train", "stage=rlhf", "stage.accepts=[lowres_video]", f"data.path={dataset}", f"init={low_run}", f"out={out}",
-        f"reward.path={ASSETS / 'reward'}", "reward.steps=3", "reward.grad_steps=2",
-        "train.max_steps=2", *COMMON, nproc=2,
+        f"vae.path={ASSETS / 'vae'}", f"text.path={ASSETS / 'image_model'}", f"reward.path={ASSETS / 'reward'}",
+        "reward.steps=3", "reward.grad_steps=2", "train.max_steps=2", *COMMON, nproc=2,
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(row["reward"] is not None and row["grad_norm"] > 0 for row in rows)
