@@ -56,6 +56,8 @@ def build_graph(config: PipelineConfig, out: Path) -> list[StageRun]:
         overrides = [f"stage={node.stage}", *config.overrides, *node.overrides, f"out={out / name}"]
         if node.init:
             overrides.append(f"init={out / node.init}")
+        elif config.init:
+            overrides.append(f"init={config.init}")
         root = load_config("train", overrides)
         runs.append(StageRun(name, out / name, tuple(overrides), config_hash(root)))
     return runs

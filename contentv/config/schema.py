@@ -109,6 +109,7 @@ class PipelineConfig:
     launcher: str = doc("", "command put before `-m contentv train ...`, such as `torchrun --nproc-per-node 8`; "
                             "empty = torchrun with `nproc` processes on this machine")  # fmt: skip
     nproc: int = doc(1, "processes on this machine when no launcher is given; 1 or more")
+    init: str = doc("", "what stages without a predecessor start from: an SD3-class or video model's folder, or a run")
     overrides: list[str] = doc([], "overrides of every stage")
     stages: list[StageNode] = field(default_factory=list)
 

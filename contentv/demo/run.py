@@ -127,9 +127,8 @@ def train_stages(config: DemoConfig, out: Path, ledger: Ledger) -> None:
         f"text.path={ASSETS / 'image_model'}", f"reward.path={ASSETS / 'reward'}", f"train.seed={config.seed}",
         *config.overrides,
     ]  # fmt: skip
-    first, *rest = pipeline.stages
-    first = replace(first, overrides=[*first.overrides, f"init={ASSETS / 'image_model'}"])
-    stages = build_graph(replace(pipeline, nproc=config.nproc, overrides=common, stages=[first, *rest]), out / "run")
+    pipeline = replace(pipeline, nproc=config.nproc, init=str(ASSETS / "image_model"), overrides=common)
+    stages = build_graph(pipeline, out / "run")
     results = run_pipeline(stages, out / "run", local_launcher(config.nproc), {"OMP_NUM_THREADS": "1"})
     ledger.done["seconds_per_stage"] = {result.name: result.seconds for result in results}
 

@@ -77,6 +77,13 @@ def test_the_hash_sees_what_is_computed_and_not_where() -> None:
     assert config_hash(base) != config_hash(load_config("train", ["data.path=a", "optim.lr=3e-4"]))
 
 
+def test_a_stage_without_predecessor_starts_from_the_pipelines_weights(tmp_path) -> None:
+    stages = [StageNode("a", "image"), StageNode("b", "lowres_video", init="a")]
+    first, second = build_graph(PipelineConfig(stages=stages, init="sd35"), tmp_path)
+    assert "init=sd35" in first.overrides
+    assert "init=sd35" not in second.overrides
+
+
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
