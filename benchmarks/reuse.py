@@ -1,9 +1,10 @@
 """Does reuse pay? Steps that the image-initialised low-res stage needs to reach the loss of a from-scratch run.
 
-For each seed: a from-scratch low-res run of N steps, and one of the same data, noise and settings that starts from the
-image stage's weights. Both see the same clips at the same noise levels in the same order, so their losses are compared
-step by step. The from-scratch loss is its mean over the last WINDOW steps; the other run has reached it at the first
-step at which its mean over the last WINDOW steps is no larger.
+For each seed, two runs of the demo's low-res stage, alike in all but where they start: random weights, or the image
+stage's. The learning rate stays constant after warm-up, so that a run's state at a step does not depend on where the
+run ends. The loss is measured on clips that no stage has seen (videos of another seed), with the moving average of the
+weights, at the same noise and the same noise levels every time. The target is the from-scratch run's loss at its last
+step; the answer is the first measured step at which the other run's loss is no larger.
 
     python benchmarks/reuse.py --demo demo-out            # after `make demo`: uses its dataset and its image stage
 """
@@ -16,65 +17,116 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from measure import append_rows, provenance
+import yaml
+from measure import ROOT, append_rows, provenance
 
-WINDOW = 40
-SETTINGS = ["stage=lowres_video", "model=tiny", "timestep=tqd", "train.precision=fp32", "train.global_batch_size=32",
-            "train.checkpoint_every=0", "train.log_every=1", "optim.lr=2.0e-3", "optim.warmup_steps=20"]  # fmt: skip
+from contentv.base.types import Batch
+from contentv.data import open_dataset
+from contentv.diffusion.timesteps import TimestepConfig, build_sampler
+from contentv.engine.checkpoint_files import checkpoints, read_weights
+from contentv.models.io import read_config
+from contentv.models.mmdit import MMDiT
+from contentv.objectives.flow import FlowMatching
+
+STAGE = "lowres_video"
+HELD_OUT_SEED = 1_000_003  # of the videos no stage has seen; the demo's own is 0
+HELD_OUT_VIDEOS = 128
+BATCH = 32
 
 
-def losses(dataset: Path, out: Path, seed: int, steps: int, init: str, nproc: int) -> list[float]:
-    """Returns the loss of every step of one run."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), "-m", "contentv"]
-    keys = [f"data.path={dataset}", f"out={out}", f"train.seed={seed}", f"train.max_steps={steps}", f"init={init}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "train", *SETTINGS, *keys], capture_output=True, text=True, check=False
-    )
+def stage_settings() -> list[str]:
+    """Returns the demo's overrides of its low-res stage."""
+    pipeline = yaml.safe_load((ROOT / "conf" / "pipeline" / "demo.yaml").read_text(encoding="utf-8"))
+    stage = next(node for node in pipeline["stages"] if node["name"] == STAGE)
+    return [f"stage={stage['stage']}", *pipeline["overrides"], *stage.get("overrides", [])]
+
+
+def contentv(*arguments: str, nproc: int = 0) -> None:
+    """Runs a command of contentv, under torchrun for `nproc` processes; its output is shown if it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc else []
+    command = [sys.executable, *launcher, "-m", "contentv", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
 
 
-def reached(curve: list[float], target: float) -> int | None:
-    """Returns the first step at which the mean over the last WINDOW losses is at most `target`, or None."""
-    for step in range(WINDOW, len(curve) + 1):
-        if sum(curve[step - WINDOW : step]) / WINDOW <= target:
-            return step
-    return None
+def held_out_batches(demo: Path, folder: Path, bucket: str) -> tuple[list[Batch], FlowMatching]:
+    """Returns every held-out clip of a bucket once, and the loss to measure on them."""
+    stage = json.loads((demo / "run" / STAGE / "stage.json").read_text(encoding="utf-8"))
+    contentv("synth", f"out={folder / 'videos'}", f"clips={HELD_OUT_VIDEOS}", f"seed={HELD_OUT_SEED}")
+    contentv(
+        "curate", f"input={folder / 'videos'}", f"output={folder / 'dataset'}", f"buckets=[{bucket}]",
+        f"vae.path={stage['vae_path']}", f"text.path={stage['text_path']}", "min_clip_s=1.5", "max_clip_s=6",
+    )  # fmt: skip
+    source = open_dataset(folder / "dataset", global_batch_size=BATCH, micro_batch_size=BATCH, prefetch=0)
+    clips = json.loads((folder / "dataset" / "dataset.json").read_text(encoding="utf-8"))["shards"]
+    batches = [next(source)[0] for _ in range(sum(shard["samples"] for shard in clips) // BATCH)]
+    sampler = build_sampler(TimestepConfig(kind="uniform"))
+    return batches, FlowMatching(sampler, seed=HELD_OUT_SEED, null_text=source.null_text, text_dropout=0)
+
+
+@torch.no_grad()
+def held_out_loss(model: MMDiT, batches: list[Batch], objective: FlowMatching) -> float:
+    """Returns the mean loss over the clips."""
+    sums = [objective(model, batch, step) for step, batch in enumerate(batches)]
+    return sum(float(s.loss_sum) for s in sums) / sum(s.num_samples for s in sums)
+
+
+def curve(run: Path, batches: list[Batch], objective: FlowMatching) -> dict[int, float]:
+    """Returns the held-out loss at every checkpoint of a run, by step."""
+    model = MMDiT(read_config(run / "export" / "ema"))
+    losses = {}
+    for folder in reversed(checkpoints(run / "checkpoints")):
+        model.load_state_dict(dict(read_weights(folder, ema=True)))
+        losses[int(folder.name.rpartition("-")[2])] = held_out_loss(model, batches, objective)
+    return losses
+
+
+def reached(losses: dict[int, float], target: float) -> int | None:
+    """Returns the first step whose loss is at most `target`, or None."""
+    return next((step for step, loss in sorted(losses.items()) if loss <= target), None)
 
 
 def main() -> None:
     """Runs both arms for every seed and appends a row each to benchmarks/results/."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo-out"), help="folder of a finished demo")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600, help="steps of every run")
+    parser.add_argument("--every", type=int, default=20, help="steps between measurements")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--nproc", type=int, default=2)
     arguments = parser.parse_args()
-    if not (arguments.demo / "run" / "image" / "stage.json").is_file():
-        raise SystemExit(
-            f"{arguments.demo} holds no finished image stage: run `make demo` first, or name one with --demo"
-        )
-    rows: list[dict[str, object]] = []
-    for seed in arguments.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            dataset, image = arguments.demo / "dataset", arguments.demo / "run" / "image"
-            common = (seed, arguments.steps)
-            scratch = losses(dataset, Path(folder) / "scratch", *common, "none", arguments.nproc)
-            warm = losses(dataset, Path(folder) / "warm", *common, str(image), arguments.nproc)
-        target = sum(scratch[-WINDOW:]) / WINDOW
-        step = reached(warm, target)
-        row = {
-            "benchmark": "reuse", "seed": seed, "steps": arguments.steps, "window": WINDOW, "scratch_loss": target,
-            "image_init_reached_at": step, "share": None if step is None else step / arguments.steps,
-            "image_init_loss": sum(warm[-WINDOW:]) / WINDOW, **provenance(torch.device("cpu")),
-        }  # fmt: skip
-        rows.append(row)
-        sys.stdout.write(
-            json.dumps({k: row[k] for k in ("seed", "scratch_loss", "image_init_reached_at", "share")}) + "\n"
-        )
+    demo, image = arguments.demo.resolve(), arguments.demo.resolve() / "run" / "image"
+    if not (image / "stage.json").is_file():
+        raise SystemExit(f"{demo} holds no finished image stage: run `make demo` first, or name one with --demo")
+    bucket = json.loads((demo / "run" / STAGE / "stage.json").read_text(encoding="utf-8"))["buckets"][0]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as held_out:
+        batches, objective = held_out_batches(demo, Path(held_out), bucket)
+        for seed in arguments.seeds:
+            losses = {}
+            for arm, init in (("scratch", "none"), ("image_init", str(image))):
+                with tempfile.TemporaryDirectory() as folder:
+                    contentv(
+                        "train", *stage_settings(), f"data.path={demo / 'dataset'}", f"out={folder}", f"init={init}",
+                        f"train.seed={seed}", f"train.max_steps={arguments.steps}", "optim.schedule=constant",
+                        f"train.checkpoint_every={arguments.every}", "train.keep_checkpoints=0",
+                        nproc=arguments.nproc,
+                    )  # fmt: skip
+                    losses[arm] = curve(Path(folder), batches, objective)
+            target = losses["scratch"][arguments.steps]
+            step = reached(losses["image_init"], target)
+            row = {
+                "benchmark": "reuse", "seed": seed, "steps": arguments.steps, "scratch_loss": target,
+                "image_init_reached_at": step, "share": None if step is None else step / arguments.steps,
+                "image_init_loss": losses["image_init"][arguments.steps], "clips": len(batches) * BATCH,
+                "bucket": bucket, "curves": losses, **provenance(torch.device("cpu")),
+            }  # fmt: skip
+            rows.append(row)
+            print(json.dumps({k: row[k] for k in ("seed", "scratch_loss", "image_init_reached_at", "share")}))
     print(append_rows(rows, "reuse", torch.device("cpu")))
 
 
