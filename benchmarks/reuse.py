@@ -72,7 +72,7 @@ def held_out_batches(demo: Path, folder: Path, bucket: str) -> tuple[list[Batch]
 def held_out_loss(model: MMDiT, batches: list[Batch], objective: FlowMatching) -> float:
     """Returns the mean loss over the clips."""
     sums = [objective(model, batch, step) for step, batch in enumerate(batches)]
-    return sum(float(s.loss_sum) for s in sums) / sum(s.num_samples for s in sums)
+    return sum(float(s.loss_sum) for s in sums) / sum(s.samples for s in sums)
 
 
 def curve(run: Path, batches: list[Batch], objective: FlowMatching) -> dict[int, float]:
@@ -126,7 +126,7 @@ def main() -> None:
                 "bucket": bucket, "curves": losses, **provenance(torch.device("cpu")),
             }  # fmt: skip
             rows.append(row)
-            print(json.dumps({k: row[k] for k in ("seed", "scratch_loss", "image_init_reached_at", "share")}))
+            print(json.dumps({k: row[k] for k in ("seed", "scratch_loss", "image_init_reached_at", "share")}), flush=True)
     print(append_rows(rows, "reuse", torch.device("cpu")))
 
 
