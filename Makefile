@@ -10,7 +10,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compile test-gpu bench bench-gpu lint type layers docs fmt ci clean
+.PHONY: help install demo test test-all test-compile test-gpu parity bench bench-gpu lint type layers docs fmt ci clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -40,13 +40,18 @@ test-all: $(STAMP) lint type layers ## everything that runs without an accelerat
 test-gpu: ## the tests that need a CUDA device, in the current Python environment
 	CONTENTV_TYPECHECK=0 $(PYTHON) -m pytest -m gpu tests/kernels
 
+parity: $(STAMP) ## the tests that compare with published modules -> benchmarks/results/, docs/parity.md
+	$(BIN)/python benchmarks/parity.py
+
 bench: $(STAMP) ## after `make demo`: its numbers, and whether reuse pays -> benchmarks/results/
 	$(BIN)/python benchmarks/demo.py --demo $(OUT)
 	$(BIN)/python benchmarks/reuse.py --demo $(OUT)
+	$(BIN)/python benchmarks/model_step.py
 
 bench-gpu: ## kernels and a training step at the 8B width against diffusers -> benchmarks/results/
 	$(PYTHON) benchmarks/gpu_kernels.py
 	$(PYTHON) benchmarks/gpu_step.py
+	$(PYTHON) benchmarks/model_step.py --device cuda --dtype bfloat16 --warmups 3 --repeats 20
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .
@@ -58,8 +63,10 @@ type: $(STAMP) ## mypy --strict
 layers: $(STAMP) ## import contracts between the packages
 	$(BIN)/lint-imports
 
-docs: $(STAMP) ## write docs/keys.md from the code
+docs: $(STAMP) ## write docs/keys.md, the tables of docs/model.md and docs/parity.md from code and results
 	$(BIN)/python -m contentv.config.document > docs/keys.md
+	$(BIN)/python -m contentv.config.figures
+	$(BIN)/python benchmarks/parity.py --page-only
 
 fmt: $(STAMP) ## format and fix
 	$(BIN)/ruff check --fix .

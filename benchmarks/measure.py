@@ -20,8 +20,6 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# Dense bf16 FLOP/s from the makers' data sheets: the denominator of MFU. Unknown devices get no MFU.
-PEAK_FLOPS = {"H200": 989.4e12, "H100 80GB HBM3": 989.4e12, "H100 SXM": 989.4e12, "A100": 312e12}
 PACKAGES = ("torch", "triton", "diffusers", "flash_attn")
 
 with contextlib.suppress(ImportError):
@@ -109,9 +107,10 @@ def copy_bytes_per_s(device: torch.device, size_bytes: int = 2**31) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns the device's data-sheet bf16 rate, or None where this file knows none."""
-    name = device_name(device)
-    return next((rate for part, rate in PEAK_FLOPS.items() if device.type == "cuda" and part in name), None)
+    """Returns the device's data-sheet bf16 rate, the denominator of MFU, or None where it is not known."""
+    from contentv.base.device import peak_flops as known
+
+    return known(device) or None
 
 
 def device_name(device: torch.device) -> str:

@@ -3,8 +3,9 @@
 For each seed, two runs of the demo's low-res stage, alike in all but where they start: random weights, or the image
 stage's. The learning rate stays constant after warm-up, so that a run's state at a step does not depend on where the
 run ends. The loss is measured on clips that no stage has seen (videos of another seed), with the moving average of the
-weights, at the same noise and the same noise levels every time. The target is the from-scratch run's loss at its last
-step; the answer is the first measured step at which the other run's loss is no larger.
+weights, at the same noise and the same noise levels every time: levels drawn as the stage draws them (its base law and
+shift, without TQD), and, for contrast, evenly spread ones. For each of several numbers of steps N the target is the
+from-scratch run's loss at step N, and the answer the first measured step at which the other run's loss is no larger.
 
     python benchmarks/reuse.py --demo demo-out            # after `make demo`: uses its dataset and its image stage
 """
@@ -35,6 +36,7 @@ STAGE = "lowres_video"
 HELD_OUT_SEED = 1_000_003  # of the videos no stage has seen; the demo's own is 0
 HELD_OUT_VIDEOS = 128
 BATCH = 32
+TARGETS = (50, 100, 150, 200, 300, 400, 600, 900, 1300)  # steps of the from-scratch run, as far as it goes
 
 
 def stage_settings() -> list[str]:
@@ -53,8 +55,8 @@ def contentv(*arguments: str, nproc: int = 0) -> None:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
 
 
-def held_out_batches(demo: Path, folder: Path, bucket: str) -> tuple[list[Batch], FlowMatching]:
-    """Returns every held-out clip of a bucket once, and the loss to measure on them."""
+def held_out_batches(demo: Path, folder: Path, bucket: str) -> tuple[list[Batch], dict[str, FlowMatching]]:
+    """Returns every held-out clip of a bucket once, and the losses to measure on them."""
     stage = json.loads((demo / "run" / STAGE / "stage.json").read_text(encoding="utf-8"))
     contentv("synth", f"out={folder / 'videos'}", f"clips={HELD_OUT_VIDEOS}", f"seed={HELD_OUT_SEED}")
     contentv(
@@ -64,8 +66,11 @@ def held_out_batches(demo: Path, folder: Path, bucket: str) -> tuple[list[Batch]
     source = open_dataset(folder / "dataset", global_batch_size=BATCH, micro_batch_size=BATCH, prefetch=0)
     clips = json.loads((folder / "dataset" / "dataset.json").read_text(encoding="utf-8"))["shards"]
     batches = [next(source)[0] for _ in range(sum(shard["samples"] for shard in clips) // BATCH)]
-    sampler = build_sampler(TimestepConfig(kind="uniform"))
-    return batches, FlowMatching(sampler, seed=HELD_OUT_SEED, null_text=source.null_text, text_dropout=0)
+    laws = {"stage": TimestepConfig(kind="logit_normal", shift=stage["shift"]), "even": TimestepConfig(kind="uniform")}
+    return batches, {
+        name: FlowMatching(build_sampler(law), seed=HELD_OUT_SEED, null_text=source.null_text, text_dropout=0)
+        for name, law in laws.items()
+    }
 
 
 @torch.no_grad()
@@ -75,13 +80,14 @@ def held_out_loss(model: MMDiT, batches: list[Batch], objective: FlowMatching) -
     return sum(float(s.loss_sum) for s in sums) / sum(s.samples for s in sums)
 
 
-def curve(run: Path, batches: list[Batch], objective: FlowMatching) -> dict[int, float]:
-    """Returns the held-out loss at every checkpoint of a run, by step."""
+def curves(run: Path, batches: list[Batch], objectives: dict[str, FlowMatching]) -> dict[str, dict[int, float]]:
+    """Returns the held-out losses at every checkpoint of a run: by law of the noise level, then by step."""
     model = MMDiT(read_config(run / "export" / "ema"))
-    losses = {}
+    losses: dict[str, dict[int, float]] = {law: {} for law in objectives}
     for folder in reversed(checkpoints(run / "checkpoints")):
         model.load_state_dict(dict(read_weights(folder, ema=True)))
-        losses[int(folder.name.rpartition("-")[2])] = held_out_loss(model, batches, objective)
+        for law, objective in objectives.items():
+            losses[law][int(folder.name.rpartition("-")[2])] = held_out_loss(model, batches, objective)
     return losses
 
 
@@ -90,12 +96,21 @@ def reached(losses: dict[int, float], target: float) -> int | None:
     return next((step for step, loss in sorted(losses.items()) if loss <= target), None)
 
 
+def compare(steps: int, scratch: dict[int, float], image_init: dict[int, float]) -> dict[str, Any]:
+    """Returns when the image-initialised run reaches the loss of `steps` steps from scratch."""
+    step = reached(image_init, scratch[steps])
+    return {
+        "steps": steps, "scratch_loss": scratch[steps], "image_init_loss": image_init[steps],
+        "image_init_reached_at": step, "share": None if step is None else step / steps,
+    }  # fmt: skip
+
+
 def main() -> None:
     """Runs both arms for every seed and appends a row each to benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("demo-out"), help="folder of a finished demo")
-    parser.add_argument("--steps", type=int, default=600, help="steps of every run")
-    parser.add_argument("--every", type=int, default=20, help="steps between measurements")
+    parser.add_argument("--steps", type=int, default=300, help="steps of every run")
+    parser.add_argument("--every", type=int, default=10, help="steps between measurements")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--nproc", type=int, default=2)
     arguments = parser.parse_args()
@@ -103,9 +118,10 @@ def main() -> None:
     if not (image / "stage.json").is_file():
         raise SystemExit(f"{demo} holds no finished image stage: run `make demo` first, or name one with --demo")
     bucket = json.loads((demo / "run" / STAGE / "stage.json").read_text(encoding="utf-8"))["buckets"][0]
+    image_steps = json.loads((image / "stage.json").read_text(encoding="utf-8"))["steps"]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as held_out:
-        batches, objective = held_out_batches(demo, Path(held_out), bucket)
+        batches, objectives = held_out_batches(demo, Path(held_out), bucket)
         for seed in arguments.seeds:
             losses = {}
             for arm, init in (("scratch", "none"), ("image_init", str(image))):
@@ -116,17 +132,23 @@ def main() -> None:
                         f"train.checkpoint_every={arguments.every}", "train.keep_checkpoints=0",
                         nproc=arguments.nproc,
                     )  # fmt: skip
-                    losses[arm] = curve(Path(folder), batches, objective)
-            target = losses["scratch"][arguments.steps]
-            step = reached(losses["image_init"], target)
+                    losses[arm] = curves(Path(folder), batches, objectives)
+            answers = {
+                law: [
+                    compare(n, losses["scratch"][law], losses["image_init"][law])
+                    for n in TARGETS
+                    if n <= arguments.steps
+                ]
+                for law in objectives
+            }
             row = {
-                "benchmark": "reuse", "seed": seed, "steps": arguments.steps, "scratch_loss": target,
-                "image_init_reached_at": step, "share": None if step is None else step / arguments.steps,
-                "image_init_loss": losses["image_init"][arguments.steps], "clips": len(batches) * BATCH,
-                "bucket": bucket, "curves": losses, **provenance(torch.device("cpu")),
+                "benchmark": "reuse", "seed": seed, "steps": arguments.steps, "answers": answers,
+                "clips": len(batches) * BATCH, "bucket": bucket, "image_steps": image_steps, "curves": losses,
+                **provenance(torch.device("cpu")),
             }  # fmt: skip
             rows.append(row)
-            print(json.dumps({k: row[k] for k in ("seed", "scratch_loss", "image_init_reached_at", "share")}), flush=True)
+            shares = {law: {a["steps"]: a["share"] for a in some} for law, some in answers.items()}
+            print(json.dumps({"seed": seed, "share": shares}), flush=True)
     print(append_rows(rows, "reuse", torch.device("cpu")))
 
 

@@ -76,16 +76,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' data sheets); no number for the CPU: its peak is not
-# a published constant, and an MFU against a guess would mean nothing.
+# Dense bf16 peak, FLOP/s, by a part of the device's name: NVIDIA's from its data sheets, the NPU's from a cloud
+# vendor's documentation of the 64 GB part. None for the CPU: its peak is no published constant, and an MFU against a
+# guess would mean nothing.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H800": 989e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
     "A100": 312e12,
     "A800": 312e12,
-    "4090": 165e12,
-    "910B": 376e12,
+    "4090": 165.2e12,
+    "910B": 280e12,
 }
 
 

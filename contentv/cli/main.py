@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "run one stage of training",
     "pipeline": "run the stages one after another; run again, it goes on where it stopped",
     "sample": "prompts -> videos",
+    "convert": "weights of SD3, SD3.5, ContentV or a run -> a folder that diffusers and the published pipeline read",
     "report": "one HTML page about a run, a dataset or a demo",
     "doctor": "what this machine has and what is missing",
 }
@@ -81,13 +82,11 @@ def _run(command: str, arguments: list[str]) -> int:
     show = "--cfg" in arguments
     overrides = [a for a in arguments if a not in ("--cfg", "job")]
     if show:
-        from omegaconf import OmegaConf
-
-        from contentv.config.compose import compose_config, to_object
+        from contentv.config.compose import as_yaml, compose_config, to_object
 
         config = compose_config(command, overrides)
         to_object(config)  # the range checks
-        sys.stdout.write(OmegaConf.to_yaml(config))
+        sys.stdout.write(as_yaml(command, config))
         return EXIT_OK
     from contentv.config.compose import load_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,22 @@ from omegaconf import OmegaConf
 
 from contentv.base import device as devices
 from contentv.base.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, StoppedBySignalError, UserError
+from contentv.base.lock import lock_folder
 from contentv.base.log import get_logger, is_main_process
 from contentv.base.types import Batch, Bucket, Objective, TextCond, TokenCounts
 from contentv.config.graph import config_hash
 from contentv.config.inputs import Weights, check_data_fits, choose_buckets, clip_fps, existing_folder, resolve_weights
 from contentv.config.schema import TrainRoot
+from contentv.config.starting import lora_facts, model_of_shapes, open_weights, starting_values
 from contentv.data import DatasetInfo, DatasetSource, open_dataset
 from contentv.diffusion.samplers import LogitNormal
 from contentv.diffusion.timesteps import build_sampler
 from contentv.diffusion.tqd import TQD
-from contentv.engine.zero import ZeroEngine, build_engine, frozen_model
-from contentv.models.io import adapt_image_transformer, read_transformer, write_transformer
+from contentv.engine import checkpoint
+from contentv.engine.frozen import frozen_model
+from contentv.engine.zero import ZeroEngine, build_engine
+from contentv.models.io import write_transformer
+from contentv.models.lora_files import write_lora
 from contentv.models.mmdit import MMDiT, flops_per_forward
 from contentv.models.reward import CLIPReward
 from contentv.models.vae import VideoVAE
@@ -73,7 +79,8 @@ def plan_stage(root: TrainRoot) -> Plan:
             "data": root.data.path,
             "data_hash": info.fingerprint,
         },
-        weights={"ema": "export/ema", "raw": "export/raw"},
+        weights={"ema": "export/ema", "raw": "export/raw"} if root.optim.ema_decay > 0 else {"raw": "export/raw"},
+        lora=lora_facts(root, weights),
         vae_path=_absolute(root.vae.path),
         text_path=_absolute(root.text.path),
     )
@@ -125,28 +132,6 @@ def token_counts(root: TrainRoot, info: DatasetInfo, bucket: Bucket) -> TokenCou
     return TokenCounts(t * (h // patch) * (w // patch), info.text.num_tokens)
 
 
-def build_model(root: TrainRoot, weights: Weights) -> MMDiT:
-    """Returns the transformer: read from the predecessor, or random."""
-    if weights.folder is not None:
-        if weights.manifest.stage == "sd3":
-            return adapt_image_transformer(
-                weights.folder, root.model, reinit_io=root.stage.reinit_io, seed=root.train.seed, dtype=torch.float32
-            )
-        model = read_transformer(weights.folder, dtype=torch.float32)
-        expected, found = asdict(root.model), asdict(model.config)
-        if expected != found:
-            different = next(key for key in expected if expected[key] != found.get(key))
-            raise UserError(
-                f"the weights' {different} is {found.get(different)}, the model's is {expected[different]}",
-                where=f"init={root.init}", remedy="choose the model= of these weights",
-            )  # fmt: skip
-        return model
-    get_logger().warning("init=none: the stage starts from random weights")
-    model = MMDiT(root.model)
-    model.init_weights(root.train.seed)
-    return model
-
-
 def build_objective(plan: Plan, null_text: TextCond, mesh: Mesh, device: torch.device) -> Objective:
     """Returns flow matching, or the reward objective with its frozen VAE, reward model and reference."""
     root = plan.root
@@ -165,7 +150,10 @@ def build_objective(plan: Plan, null_text: TextCond, mesh: Mesh, device: torch.d
     )
     reference = None
     if root.reward.kl_weight > 0:
-        reference = frozen_model(build_model(root, plan.weights), mesh, root.parallel, root.train.precision, device)
+        with torch.device("meta"):
+            model = MMDiT(root.model)
+        weights = open_weights(root, plan.weights).tensors  # where a LoRA is trained, its base
+        reference = frozen_model(model, mesh, root.parallel, root.train.precision, device, weights=weights)
     config = replace(root.reward, shift=root.timestep.shift)
     return RewardObjective(vae, reward, reference, config, root.train.seed, flow, null_text)
 
@@ -209,13 +197,16 @@ def run_stage(root: TrainRoot) -> None:
         StoppedBySignalError: stopped by a signal after saving.
     """
     out = Path(root.out)
-    code, message = EXIT_FAILED, "failed"
+    code, message, lock = EXIT_FAILED, "failed", -1
     try:
         plan = plan_stage(root)
         if (out / MANIFEST).is_file() and root.train.resume != "none" and _finished(plan, out):
             get_logger().info("nothing to do: %s is done (%d steps)", out, root.train.max_steps)
-            return
-        _train(plan, out)
+        else:
+            if is_main_process():
+                out.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(out, "training in this folder")
+            _train(plan, out)
         code, message = EXIT_OK, "done"
     except UserError as error:
         code, message = EXIT_USER_ERROR, str(error)
@@ -229,6 +220,8 @@ def run_stage(root: TrainRoot) -> None:
         if code in (EXIT_OK, EXIT_STOPPED):
             barrier()  # torchrun ends every rank as soon as one exits: nobody leaves before rank 0 has written
         stop()
+        if lock >= 0:
+            os.close(lock)
 
 
 def _finished(plan: Plan, out: Path) -> bool:
@@ -257,14 +250,15 @@ def _train(plan: Plan, out: Path) -> None:
         root.stage.name, ", ".join(b.name for b in plan.buckets), mesh.dp, mesh.sp, mesh.tp, device,
         root.parallel.zero_stage, root.train.precision, micro, accumulation,
     )  # fmt: skip
-    model = build_model(root, plan.weights)
+    resumed = _checkpoint(root, out, rank, device)
     engine = build_engine(
-        model, mesh, root.optim, precision=root.train.precision, parallel=root.parallel, micro_batch_size=micro,
-        accumulation_steps=accumulation, max_steps=root.train.max_steps, device=device,
+        model_of_shapes(root), mesh, root.optim, precision=root.train.precision, parallel=root.parallel,
+        micro_batch_size=micro, accumulation_steps=accumulation, max_steps=root.train.max_steps, device=device,
+        weights=starting_values(root, open_weights(root, plan.weights)), load_follows=resumed is not None,
     )  # fmt: skip
     source = build_source(plan, mesh, micro)
     objective = build_objective(plan, source.null_text.to(device), mesh, device)
-    progress = _resume(root, out, engine, source)
+    progress = Progress() if resumed is None else _resume(plan, resumed, engine, source)
     recorder = Recorder(
         build_sinks(root, progress.step) if is_main_process() else [],
         JsonlSink(out / "ledger.jsonl", progress.step) if is_main_process() else None,
@@ -273,14 +267,16 @@ def _train(plan: Plan, out: Path) -> None:
 
     def save(now: Progress) -> None:
         folder = out / "checkpoints" / f"step-{now.step:08d}"
-        extra = {"progress": asdict(now), "data": source.state_dict(), "config_hash": plan.manifest.config_hash}
+        extra = {"progress": asdict(now), "data": source.state_dict(), "config_hash": plan.manifest.config_hash,
+                 "lora": plan.manifest.lora}  # fmt: skip
         engine.save(folder, extra, keep=root.train.keep_checkpoints)
 
     def tokens(batch: Batch) -> int:
         return token_counts(root, plan.info, batch.bucket).video
 
     def flops(batch: Batch) -> int:
-        return 3 * flops_per_forward(root.model, token_counts(root, plan.info, batch.bucket))
+        passes = 3 if root.lora.rank == 0 else 2  # frozen weights have no gradients to compute
+        return passes * flops_per_forward(root.model, token_counts(root, plan.info, batch.bucket))
 
     try:
         run(
@@ -294,35 +290,46 @@ def _train(plan: Plan, out: Path) -> None:
 
 
 def _open_folder(plan: Plan, out: Path) -> None:
-    """Creates the run folder; `train.resume=none` drops the records of an earlier run in it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Writes the run's configuration; `train.resume=none` drops the records of an earlier run in the folder."""
     if plan.root.train.resume == "none":
         for name in (MANIFEST, "metrics.jsonl", "ledger.jsonl"):
             (out / name).unlink(missing_ok=True)
     OmegaConf.save(OmegaConf.structured(plan.root), out / "config.yaml")
 
 
-def _resume(root: TrainRoot, out: Path, engine: ZeroEngine, source: Any) -> Progress:
-    """Loads the checkpoint a configuration asks for and returns where it stands."""
+def _checkpoint(root: TrainRoot, out: Path, rank: int, device: torch.device) -> Path | None:
+    """Returns the checkpoint that a configuration asks to go on from, if any, the same on every rank."""
     if root.train.resume == "none":
-        return Progress()
+        return None
     if root.train.resume == "auto":
-        folder = engine.newest_checkpoint(out / "checkpoints")
-        if folder is None:
-            return Progress()
-    else:
-        folder = existing_folder(root.train.resume, "train.resume", "a checkpoint folder, auto or none")
+        return checkpoint.newest(out / "checkpoints", rank, device)
+    return existing_folder(root.train.resume, "train.resume", "a checkpoint folder, auto or none")
+
+
+def _resume(plan: Plan, folder: Path, engine: ZeroEngine, source: Any) -> Progress:
+    """Loads a checkpoint and returns where it stands."""
     extra = engine.load(folder)
+    trained_on = extra.get("lora") or {}
+    if trained_on.get("base") != plan.manifest.lora.get("base"):
+        raise UserError(
+            f"the LoRA in it was trained on {trained_on.get('base')}, and init= has {plan.manifest.lora.get('base')}",
+            where=str(folder), remedy="use the init= that the run began with, or train.resume=none",
+        )  # fmt: skip
     source.load_state_dict(extra["data"])
     get_logger().info("going on from %s", folder)
     return Progress(**extra["progress"])
 
 
 def export(engine: ZeroEngine, plan: Plan, out: Path) -> None:
-    """Writes the EMA and the raw weights as diffusers transformer folders, then `stage.json`; every rank calls it."""
+    """Writes the EMA and the raw weights as diffusers does, then `stage.json`; every rank calls it.
+
+    They are transformer folders, or of a stage that trained a LoRA the LoRA.
+    """
     for which, folder in plan.manifest.weights.items():
         stream = engine.state_tensors(ema=which == "ema")
-        if is_main_process():
+        if is_main_process() and plan.manifest.lora:
+            write_lora(stream, out / folder, plan.root.lora)
+        elif is_main_process():
             write_transformer(stream, out / folder, plan.root.model)
         else:
             for _ in stream:  # gathering a parameter takes every rank

@@ -33,7 +33,7 @@ ALIASES = {
     "mixed_precision": "train.precision", "learning_rate": "optim.lr", "lr": "optim.lr", "seed": "train.seed",
     "max_grad_norm": "optim.grad_clip", "lr_warmup_steps": "optim.warmup_steps", "cfg_dropout": "text.dropout",
     "report_to": "logger", "output_dir": "out", "num_frames": "frames", "pretrained_model_name_or_path": "init",
-    "data_path": "data.path", "dataset_path": "data.path",
+    "data_path": "data.path", "dataset_path": "data.path", "source": "from", "merge": "lora_mode",
 }  # fmt: skip
 
 
@@ -56,14 +56,33 @@ def groups(command: str) -> dict[str, list[str]]:
 
 
 def keys(root: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Yields (dotted key, field, default) of every leaf key of a root configuration."""
+    """Yields (dotted key as users type it, field, default) of every leaf key of a root configuration."""
     instance = root()
     for f in dataclasses.fields(root):
         value = getattr(instance, f.name)
         if dataclasses.is_dataclass(value):
-            yield from keys(type(value), f"{prefix}{f.name}.")
+            yield from keys(type(value), f"{prefix}{_typed(f)}.")
         else:
-            yield f"{prefix}{f.name}", f, value
+            yield f"{prefix}{_typed(f)}", f, value
+
+
+def _typed(field: dataclasses.Field[Any]) -> str:
+    # `from` is what users type and no name a Python field can have: such fields carry the key in their metadata.
+    return str(field.metadata.get("key", field.name))
+
+
+def _renamed(command: str) -> dict[str, str]:
+    """Returns key -> field name of a command's top-level keys that cannot be called what users type."""
+    return {_typed(f): f.name for f in dataclasses.fields(ROOTS[command]) if _typed(f) != f.name}
+
+
+def as_yaml(command: str, config: DictConfig) -> str:
+    """Returns a composed configuration as text, in the keys that users type."""
+    typed = {field: key for key, field in _renamed(command).items()}
+    if not typed:
+        return OmegaConf.to_yaml(config)
+    values: Any = OmegaConf.to_container(config)
+    return OmegaConf.to_yaml(OmegaConf.create({typed.get(key, key): value for key, value in values.items()}))
 
 
 def _register() -> None:
@@ -80,6 +99,9 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
     """
     for item in overrides:
         _check_override(command, item)
+    renamed = _renamed(command)
+    split = [item.partition("=") for item in overrides]
+    overrides = [f"{renamed.get(key, key)}={value}" for key, _, value in split]
     _register()
     GlobalHydra.instance().clear()
     yaml = config_dir() / f"{command}.yaml"
@@ -142,5 +164,6 @@ def _explain(command: str, overrides: list[str], error: BaseException) -> UserEr
     cause: BaseException = error.__cause__ or error
     text = re.sub(r"\s+", " ", _first_line(cause))
     key = getattr(cause, "full_key", None) or next((o.partition("=")[0] for o in overrides if o in str(error)), "")
+    key = next((typed for typed, field in _renamed(command).items() if field == key), key)
     where = f"contentv {command}" + (f", key {key}" if key else "")
     return UserError(text, where=where, remedy=f"`contentv {command} --help` lists keys, types and defaults")

@@ -21,6 +21,8 @@ NOT_HASHED_LOOP = ("resume", "log_every", "checkpoint_every", "keep_checkpoints"
 def config_hash(root: TrainRoot) -> str:
     """Returns a digest of everything in a configuration that changes what a run computes."""
     values = {key: value for key, value in asdict(root).items() if key not in NOT_HASHED}
+    if root.lora.rank == 0:  # a run of the whole model has the digest that it had before there were LoRAs
+        del values["lora"]
     values["train"] = {key: value for key, value in values["train"].items() if key not in NOT_HASHED_LOOP}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -13,6 +13,7 @@ from contentv.config.schema import TrainRoot
 from contentv.data import DatasetInfo, read_metas
 from contentv.models.io import read_config
 from contentv.models.mmdit import MMDiTConfig
+from contentv.models.pipeline_folder import read_shift
 from contentv.train.manifest import MANIFEST, StageManifest
 
 SD3_CLASS = "SD3Transformer2DModel"
@@ -21,10 +22,17 @@ VIDEO_CLASS = "SD3Transformer3DModel"
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a transformer's weights lie (None: random weights) and what is known about how they were made."""
+    """Where a transformer's weights lie (None: random weights) and what is known about how they were made.
+
+    Attributes:
+        folder: the transformer's folder; of a run that trained a LoRA, the one the LoRA was trained on.
+        manifest: the facts.
+        lora: the folder of the LoRA that belongs to them, if the run trained one.
+    """
 
     folder: Path | None
     manifest: StageManifest
+    lora: Path | None = None
 
 
 def existing_folder(path: str, key: str, what: str) -> Path:
@@ -62,7 +70,11 @@ def resolve_weights(path: str, which: str, key: str = "init") -> Weights:
                 f"this run has no {which} weights (it has: {', '.join(manifest.weights)})", where=str(folder),
                 remedy="choose another with init_weights= (train) or weights= (sample)",
             )  # fmt: skip
-        return Weights(folder / manifest.weights[which], manifest)
+        own = folder / manifest.weights[which]
+        if not manifest.lora:
+            return Weights(own, manifest)
+        base = existing_folder(str(manifest.lora.get("base", "")), key, f"the weights that the LoRA in {own} is for")
+        return Weights(base, manifest, own)
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         StageManifest.read(folder)  # says that the run has not finished
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
@@ -78,12 +90,8 @@ def resolve_weights(path: str, which: str, key: str = "init") -> Weights:
             f'config.json is of class "{raw.get("_class_name")}"', where=str(inner),
             remedy=f"a transformer of class {SD3_CLASS} or {VIDEO_CLASS} is needed",
         )  # fmt: skip
-    return Weights(inner, StageManifest(stages[raw["_class_name"]], asdict(read_config(inner)), shift=_shift(folder)))
-
-
-def _shift(folder: Path) -> float:
-    path = folder / "scheduler" / "scheduler_config.json"
-    return float(json.loads(path.read_text(encoding="utf-8")).get("shift", 0.0)) if path.is_file() else 0.0
+    stage, geometry = stages[raw["_class_name"]], asdict(read_config(inner))
+    return Weights(inner, StageManifest(stage, geometry, shift=read_shift(folder)))
 
 
 def choose_buckets(root: TrainRoot, info: DatasetInfo) -> list[Bucket]:

@@ -1,14 +1,23 @@
-"""Prompts to videos: loads a checkpoint with its VAE and text encoders, samples by Euler with guidance, writes MP4s."""
+"""Prompts to videos: encodes the prompts, samples latents by Euler with guidance, decodes them into MP4 files.
+
+A video is a function of its prompt, its seed and the settings, on any number of processes: its noise is keyed, prompts
+are encoded one by one, and batches follow from the order of the prompts alone and are dealt out whole. Processes that
+share one video (`sp`) change it by rounding.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from contentv.base import device as devices
@@ -16,171 +25,207 @@ from contentv.base.errors import UserError
 from contentv.base.log import get_logger
 from contentv.base.rng import keyed_normal
 from contentv.base.types import Bucket, TextCond
-from contentv.config.inputs import existing_folder, resolve_weights
+from contentv.config.prompts import Prompt, read_prompts
+from contentv.config.sample_record import open_record, output_files
+from contentv.config.sampling_inputs import DTYPES, SamplingInputs, open_inputs
 from contentv.config.schema import SampleConfig
 from contentv.curation.video_io import write_mp4
 from contentv.diffusion.solver import euler_sample, euler_sigmas, guided
-from contentv.models.io import read_transformer
+from contentv.engine.parallelize import parallelize
+from contentv.models.io import TransformerSource, load_whole
 from contentv.models.mmdit import MMDiT
-from contentv.models.text import TextStack
+from contentv.models.stored import ComputedTensors, whole
 from contentv.models.vae import VideoVAE
-from contentv.train.manifest import StageManifest
+from contentv.parallel.collectives import gather_json, start, stop
+from contentv.parallel.mesh import Mesh, ParallelConfig, build_mesh
 
 STREAM = "sample_noise"
+
+Texts = dict[str, TextCond]  # caption -> its encoding, one row, on the CPU
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Everything that turns prompts into videos."""
+    """A model and its VAE on a device, and how to sample them."""
 
     model: MMDiT
     vae: VideoVAE
-    text: TextStack
     bucket: Bucket
-    fps: float
     shift: float
+    config: SampleConfig
     device: torch.device
 
-    @torch.no_grad()
-    def sample(self, prompts: Sequence[str], indices: Sequence[int], config: SampleConfig) -> Tensor:
-        """Returns videos (b, T, H, W, 3), uint8 on the CPU; the noise of video i is keyed by (seed, indices[i])."""
+    def noise(self, prompts: Sequence[Prompt]) -> Float[Tensor, "b c t h w"]:
+        """Returns the initial noise of the prompts' videos, fp32 on the CPU, each keyed by its own seed and index."""
         shape = self.vae.latent_shape(self.bucket)
-        noise = keyed_normal(shape, config.seed, 0, list(indices), STREAM).to(self.device)
-        text = self._encode(list(prompts))
-        negative = self._encode([config.negative_prompt]).expand(len(prompts))
-        velocity = guided(self.model, text, negative, config.guidance_scale)
-        latents = euler_sample(velocity, noise, euler_sigmas(config.steps, self.shift).to(self.device))
-        # One video at a time: the decoder's activations are the peak of the whole sampler.
-        videos = [self.vae.decode(self.vae.denormalize(z[None].float()))[0] for z in latents]
-        return torch.stack([to_uint8(video) for video in videos])
+        return torch.cat([keyed_normal(shape, prompt.seed, 0, [prompt.index], STREAM) for prompt in prompts])
 
-    def _encode(self, prompts: list[str]) -> TextCond:
-        return self.text.encode(prompts).to(self.device)
+    @torch.no_grad()
+    def latents(self, prompts: Sequence[Prompt], texts: Texts) -> Float[Tensor, "b c t h w"]:
+        """Returns the latents of the prompts' videos in model space, fp32, sampled as one batch.
+
+        Args:
+            prompts: one or more.
+            texts: from `encode_prompts`; has all their captions.
+        """
+        config = self.config
+        text = self._rows(texts[prompt.text] for prompt in prompts)
+        negative = self._rows(texts[prompt.negative] for prompt in prompts) if config.guidance_scale != 1 else None
+        velocity = guided(
+            self.model, text, negative, config.guidance_scale, batched=config.guidance == "batched"
+        )  # fmt: skip
+        noise = self.noise(prompts).to(self.device)
+        return euler_sample(velocity, noise, euler_sigmas(config.steps, self.shift).to(self.device))
+
+    def _rows(self, texts: Iterable[TextCond]) -> TextCond:
+        rows = list(texts)
+        tokens, pooled = torch.cat([row.tokens for row in rows]), torch.cat([row.pooled for row in rows])
+        return TextCond(tokens, pooled).to(self.device)
+
+    @torch.no_grad()
+    def frames(self, latents: Float[Tensor, "1 c t h w"]) -> Iterator[UInt8[np.ndarray, "T H W 3"]]:
+        """Yields a video's frames as they are decoded, some at a time."""
+        for part in self.vae.decode_chunks(self.vae.denormalize(latents.float()), self.config.vae_tile_px):
+            yield to_uint8(part[0])
 
 
-def to_uint8(video: Tensor) -> Tensor:
-    """Returns a video (c T H W) in [-1, 1] as (T, H, W, c) uint8 on the CPU."""
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+def to_uint8(video: Float[Tensor, "3 T H W"]) -> UInt8[np.ndarray, "T H W 3"]:
+    """Returns a video in [-1, 1] as bytes."""
+    pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array: np.ndarray = pixels.permute(1, 2, 3, 0).cpu().numpy()
+    return array
 
 
-def build_sampler(config: SampleConfig) -> Sampler:
-    """Returns the sampler of a checkpoint; the size, frame rate and shift are the trained ones unless given.
+def encode_prompts(inputs: SamplingInputs, captions: Iterable[str], device: torch.device, dtype: torch.dtype) -> Texts:
+    """Returns the encodings of the captions, on the CPU; the encoders are read for it and let go of.
 
-    Raises:
-        UserError: a part is missing, or its fingerprint is not the one the checkpoint was trained with.
+    Args:
+        inputs: where the encoders are.
+        captions: repeated ones are encoded once; one at a time, so that none depends on the others.
+        device: where to encode.
+        dtype: to keep them in: what the transformer computes in.
     """
-    device = devices.select(config.device)
-    weights = resolve_weights(config.checkpoint, config.weights, "checkpoint")
-    if weights.folder is None:
-        raise UserError("checkpoint=none has no weights", where="checkpoint", remedy="name a trained run")
-    trained = weights.manifest
-    root = Path(config.checkpoint)
-    vae = VideoVAE.from_folder(_part(config.vae.path, trained.vae_path, root / "vae", "vae.path"))
-    text = TextStack.from_folder(_part(config.text.path, trained.text_path, root, "text.path"))
-    _check_fingerprint("VAE", vae.fingerprint, trained.vae_fingerprint, "vae.path")
-    _check_fingerprint("text encoder", text.fingerprint, trained.text_fingerprint, "text.path")
-    shift = config.shift or trained.shift
-    if not shift:
-        raise UserError("the shift this checkpoint was trained with is unknown", where="shift", remedy="give shift=")
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = read_transformer(weights.folder, dtype=dtype).to(device).eval()
-    if model.config.joint_attention_dim != text.token_width:
-        raise UserError(
-            f"the text encoder is {text.token_width} wide, the model takes {model.config.joint_attention_dim}",
-            where="text.path", remedy="name the encoders the model was trained with",
-        )  # fmt: skip
-    return Sampler(
-        model,
-        vae.to(device),
-        text.to(device),
-        _bucket(config, trained, vae),
-        config.fps or trained.fps or 24.0,
-        shift,
-        device,
+    text = inputs.read_text().to(device)
+    return {caption: text.encode([caption]).to(torch.device("cpu"), dtype) for caption in dict.fromkeys(captions)}
+
+
+def build_sampler(inputs: SamplingInputs, config: SampleConfig, device: torch.device, mesh: Mesh) -> Sampler:
+    """Returns the sampler; the transformer's weights are read tensor by tensor, converted and moved at once."""
+    dtype = DTYPES[config.precision]
+
+    def place(name: str) -> Tensor:
+        return whole(inputs.source.tensors[name], dtype).to(device)
+
+    tensors = ComputedTensors(inputs.source.tensors, place)
+    model = (
+        load_whole(TransformerSource(inputs.source.config, tensors, inputs.source.origin)).eval().requires_grad_(False)
     )
-
-
-def _part(asked: str, trained: str, beside: Path, key: str) -> Path:
-    for candidate in (asked, trained):
-        if candidate:
-            return existing_folder(candidate, key, "the folder this checkpoint was trained with")
-    if beside.is_dir():
-        return beside
-    raise UserError(f"{key} is not set and not known from the checkpoint", where=key, remedy=f"give {key}=DIR")
-
-
-def _check_fingerprint(what: str, found: str, trained: str, key: str) -> None:
-    if trained and found != trained:
-        raise UserError(
-            f"this {what} ({found}) is not the one the checkpoint was trained with ({trained})", where=key,
-            remedy="name the folder that the dataset was curated with",
-        )  # fmt: skip
-
-
-def _bucket(config: SampleConfig, trained: StageManifest, vae: VideoVAE) -> Bucket:
-    known = max(
-        (Bucket.parse(name) for name in trained.buckets), key=lambda b: b.frames * b.height * b.width, default=None
-    )
-    sizes = [config.frames, config.height, config.width]
-    if known is not None:
-        sizes = [asked or size for asked, size in zip(sizes, known, strict=True)]
-    if 0 in sizes:
-        raise UserError(
-            "the size is not known from the checkpoint", where="frames", remedy="give frames=, height=, width="
-        )
-    bucket = Bucket(*sizes)
-    step = vae.spatial_factor * 2
-    if bucket.frames % vae.temporal_factor != 1 % vae.temporal_factor:
-        low = (bucket.frames - 1) // vae.temporal_factor * vae.temporal_factor + 1
-        raise UserError(
-            f"frames={bucket.frames} is not of the form {vae.temporal_factor}k+1", where="frames",
-            remedy=f"use frames={max(low, 1)} or frames={low + vae.temporal_factor}",
-        )  # fmt: skip
-    for key, value in (("height", bucket.height), ("width", bucket.width)):
-        if value % step:
-            raise UserError(
-                f"{key}={value} is not a multiple of {step}",
-                where=key,
-                remedy=f"use {key}={max(step, value // step * step)}",
-            )
-    return bucket
-
-
-def read_prompts(config: SampleConfig) -> list[str]:
-    """Returns the prompts of `prompt=` or of the file `prompts=`, one a line, empty lines left out."""
-    if bool(config.prompt) == bool(config.prompts):
-        raise UserError(
-            "give one of prompt= and prompts=", where="contentv sample", remedy='prompt="a red circle" or prompts=FILE'
-        )
-    if config.prompt:
-        return [config.prompt]
-    path = Path(config.prompts)
-    if not path.is_file():
-        raise UserError(f'"{path}" is not a file', where="prompts", remedy="name a text file with one prompt a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    if not any(lines):
-        raise UserError("the file holds no prompt", where=f"prompts={path}", remedy="write one prompt a line")
-    return [line for line in lines if line]
+    if mesh.sp > 1:
+        parallelize(model, mesh, device=device)
+    return Sampler(model, inputs.vae.to(device), inputs.bucket, inputs.shift, config, device)
 
 
 def sample_to_files(config: SampleConfig) -> list[Path]:
-    """Samples this rank's share of the prompts and returns the files written; under torchrun every rank calls it."""
+    """Samples the prompts that have no video yet and returns the files this process wrote.
+
+    Under torchrun every process calls it: groups of `sp` processes share each video, and the groups the prompts.
+
+    Raises:
+        UserError: something the user can fix; on every process, and before anything is sampled.
+    """
     prompts = read_prompts(config)
-    out = Path(config.out)
-    if len(prompts) > 1 and out.suffix == ".mp4":
-        raise UserError(f"{len(prompts)} prompts need a folder", where=f"out={out}", remedy="use out=DIR")
-    folder = out.parent if out.suffix == ".mp4" else out
-    folder.mkdir(parents=True, exist_ok=True)
-    sampler = build_sampler(config)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    mine = list(range(rank, len(prompts), world))
-    started, written = time.perf_counter(), []
-    for first in range(0, len(mine), config.batch_size):
-        indices = mine[first : first + config.batch_size]
-        videos = sampler.sample([prompts[i] for i in indices], indices, config)
-        for index, video in zip(indices, videos, strict=True):
-            path = out if out.suffix == ".mp4" else folder / f"{index:05d}.mp4"
-            write_mp4(video.numpy(), path, sampler.fps)
-            written.append(path)
-        get_logger().info("%d/%d prompts, %.1f s", first + len(indices), len(mine), time.perf_counter() - started)
+    files, record = output_files(config.out, prompts)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_ranks(config.sp, world)
+    device = devices.select(config.device)
+    inputs = open_inputs(config)
+    rank = start(device)[0] if world > 1 else 0
+    mesh = build_mesh(ParallelConfig(sp=config.sp), world, rank)
+
+    def open_files() -> list[int]:
+        return open_record(files, record, prompts, inputs.settings(config), overwrite=config.overwrite)
+
+    todo = set(_from_rank_0(open_files, rank, device))
+    if mesh.sp == 1:
+        stop()  # from here on no process waits for another
+    written = _sample(config, inputs, prompts, files, todo, mesh, device)
+    stop()
     return written
+
+
+def check_ranks(sp: int, world: int) -> None:
+    """Returns if `world` processes divide into groups of `sp`.
+
+    Raises:
+        UserError: they do not.
+    """
+    if world % sp:
+        fitting = max(n for n in range(1, min(sp, world) + 1) if world % n == 0)
+        raise UserError(
+            f"{world} processes do not divide into groups of sp={sp}", where="sp",
+            remedy=f"use sp={fitting}, or start {-(-world // sp) * sp} processes with torchrun",
+        )  # fmt: skip
+
+
+def _from_rank_0(make: Any, rank: int, device: torch.device) -> Any:
+    """Returns what `make` returns on rank 0, on every rank; its UserError is raised on every rank, too."""
+    answer: dict[str, Any] = {}
+    if rank == 0:
+        try:
+            answer = {"value": make()}
+        except UserError as error:
+            answer = {"error": [error.what, error.where, error.remedy]}
+    answer = gather_json(answer, None, device)[0]
+    if "error" in answer:
+        what, where, remedy = answer["error"]
+        raise UserError(what, where=where, remedy=remedy)
+    return answer["value"]
+
+
+def _sample(
+    config: SampleConfig, inputs: SamplingInputs, prompts: list[Prompt], files: list[Path], todo: set[int], mesh: Mesh,
+    device: torch.device,
+) -> list[Path]:  # fmt: skip
+    size, count = config.batch_size, len(prompts)
+    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    # A batch is sampled as a whole even if some of its videos are there: the others come out as they would have.
+    pending = [batch for batch in batches if not todo.isdisjoint(batch)]
+    _report(count, len(todo), len(pending), mesh)
+    mine = pending[mesh.dp_rank :: mesh.dp]
+    if not pending or (not mine and mesh.sp == 1):
+        return []
+    wanted = [prompts[i] for batch in mine for i in batch]
+    negatives = [prompt.negative for prompt in wanted] if config.guidance_scale != 1 else []
+    texts = encode_prompts(inputs, [*(p.text for p in wanted), *negatives], device, DTYPES[config.precision])
+    sampler = build_sampler(inputs, config, device, mesh)
+    started, written = time.perf_counter(), []
+    for done, batch in enumerate(mine, start=1):
+        latents = sampler.latents([prompts[i] for i in batch], texts)
+        for place, index in enumerate(batch):
+            if index in todo and place % mesh.sp == mesh.sp_rank:
+                _write(files[index], sampler.frames(latents[place : place + 1]), inputs.fps)
+                written.append(files[index])
+        get_logger().info("batch %d of %d, %.1f s", done, len(mine), time.perf_counter() - started)
+    return written
+
+
+def _report(prompts: int, todo: int, pending: int, mesh: Mesh) -> None:
+    log = get_logger()
+    if mesh.sp_rank == 0 and mesh.rank > 0:
+        log.setLevel(logging.WARNING)  # this process alone sees its prompts: what it says of them must be heard
+    if todo == 0:
+        log.info("nothing to do: all %d videos are there", prompts)
+    elif todo < prompts:
+        log.info("%d of %d videos are there", prompts - todo, prompts)
+    if 0 < pending < mesh.dp:
+        log.info("%d of %d groups of processes have nothing to do", mesh.dp - pending, mesh.dp)
+
+
+def _write(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
+    try:
+        write_mp4(frames, path, fps)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror or error})", where=str(path),
+            remedy="free space and run the same command again: it goes on",
+        ) from None  # fmt: skip

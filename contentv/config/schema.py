@@ -11,6 +11,7 @@ from contentv.curation.synth import SynthConfig
 from contentv.data import DataConfig
 from contentv.diffusion.timesteps import TimestepConfig
 from contentv.engine.optim import OptimConfig
+from contentv.models.lora import LoRAConfig
 from contentv.models.mmdit import MMDiTConfig
 from contentv.objectives.reward import RewardConfig
 from contentv.parallel.mesh import ParallelConfig
@@ -20,13 +21,19 @@ from contentv.train.manifest import StageConfig
 LOGGERS = ("jsonl", "wandb", "tensorboard")
 DEVICES = ("auto", "cuda", "npu", "cpu")
 MODES = ("offline", "online", "disabled")
+LAYOUTS = ("diffusers", "transformer")
+DTYPES = ("keep", "fp32", "bf16", "fp16")
+LORA_MODES = ("merge", "apart", "unmerge")
+PRECISIONS = ("fp32", "bf16")
+GUIDANCES = ("two_pass", "batched")
 
 
-def doc(default: Any, text: str) -> Any:
-    """Returns a dataclass field with a default and a help line (meaning, unit, range)."""
+def doc(default: Any, text: str, key: str = "") -> Any:
+    """Returns a dataclass field with a default, a help line (meaning, unit, range) and the key, if it is another."""
+    metadata = {"help": text, **({"key": key} if key else {})}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def require(ok: bool, key: str, value: object, remedy: str) -> None:
@@ -74,6 +81,7 @@ class TrainRoot:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     timestep: TimestepConfig = field(default_factory=TimestepConfig)
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -129,23 +137,35 @@ class PipelineRoot:
 class SampleConfig:
     """`contentv sample`: prompts to videos."""
 
-    checkpoint: str = doc("", "run folder, checkpoint folder or diffusers folder")
-    weights: str = doc("ema", "ema | raw: which weights of a run folder")
+    checkpoint: str = doc("", "run folder, checkpoint (RUN/checkpoints/step-*), pipeline folder or transformer folder")
+    weights: str = doc("ema", "ema | raw: which weights of a run or checkpoint")
+    lora: str = doc("", "folder or file of pytorch_lora_weights.safetensors to merge into the weights; empty = none")
+    lora_scale: float = doc(1.0, "weight of the LoRA; 0 = without it, 1 = as trained")
     prompt: str = doc("", "one prompt")
-    prompts: str = doc("", "text file with one prompt a line")
-    negative_prompt: str = doc("", "what guidance pushes away from")
+    prompts: str = doc("", "file of prompts: text with one a line, or .jsonl with objects of prompt and, if wanted, "
+                           "negative_prompt, seed, name")  # fmt: skip
+    negative_prompt: str = doc("", "what guidance pushes away from; a .jsonl line may have its own")
     out: str = doc("sample.mp4", "an .mp4 file for one prompt, a folder for many")
+    overwrite: bool = doc(False, "sample anew what is there; otherwise an interrupted job goes on, and files of other "
+                                 "prompts or settings are refused")  # fmt: skip
     frames: int = doc(0, "frames, 4k+1; 0 = the largest bucket the checkpoint was trained on")
     height: int = doc(0, "pixels, a multiple of 16; 0 = as frames")
     width: int = doc(0, "pixels, a multiple of 16; 0 = as frames")
     fps: float = doc(0.0, "frames per second of the written file; 0 = as the training clips")
     steps: int = doc(50, "solver steps; 1 or more")
     guidance_scale: float = doc(6.0, "classifier-free guidance; 1 = off")
+    guidance: str = doc("two_pass", "two_pass | batched: both branches in one pass of twice the batch; faster where "
+                                    "one pass does not fill the device; equal up to rounding")  # fmt: skip
     shift: float = doc(0.0, "timestep shift; 0 = the shift the checkpoint was trained with")
-    seed: int = doc(0, "seed of the initial noise; prompt i of a file uses its line number as a second key")
-    batch_size: int = doc(8, "videos sampled at once on a rank; 1 or more")
+    seed: int = doc(0, "seed of the initial noise; prompt i of a file uses i (from 0) as a second key")
+    batch_size: int = doc(1, "videos sampled at once; 1 or more. A file does not depend on the number of processes; "
+                             "it depends on this key by rounding")  # fmt: skip
+    sp: int = doc(1, "processes that share one video's tokens (Ulysses); divides the processes; the rest share prompts")
     device: str = doc("auto", "auto | cuda | npu | cpu")
-    precision: str = doc("fp32", "fp32 | bf16: the transformer's; the VAE runs in fp32")
+    precision: str = doc("fp32", "fp32 | bf16: the transformer's")
+    vae_precision: str = doc("fp32", "fp32 | bf16: the VAE's")
+    vae_tile_px: int = doc(0, "longest side in pixels of the tiles the VAE decodes, for frames too large for the "
+                              "device; 0 = whole frames")  # fmt: skip
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
@@ -154,7 +174,43 @@ class SampleConfig:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "use 1 or more")
         require(self.shift >= 0, "shift", self.shift, "use a positive number, or 0 for the trained shift")
         require(self.weights in ("ema", "raw"), "weights", self.weights, "use ema or raw")
-        require(self.precision in ("fp32", "bf16"), "precision", self.precision, "use fp32 or bf16")
+        require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "use 0 or more; 1 = off")
+        require(self.guidance in GUIDANCES, "guidance", self.guidance, f"use one of {', '.join(GUIDANCES)}")
+        require(self.sp >= 1, "sp", self.sp, "use 1 or more")
+        require(self.fps >= 0, "fps", self.fps, "use a positive number, or 0 for that of the training clips")
+        require(self.vae_tile_px >= 0, "vae_tile_px", self.vae_tile_px, "use a positive number, or 0 for whole frames")
+        for key in ("precision", "vae_precision"):
+            require(getattr(self, key) in PRECISIONS, key, getattr(self, key), f"use one of {', '.join(PRECISIONS)}")
+        for key in ("frames", "height", "width"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "use 1 or more, or 0 for the trained size")
+
+
+@dataclass
+class ConvertConfig:
+    """`contentv convert`: weights of one kind of folder to another."""
+
+    source: str = doc("", "what to convert: a folder of SD3, SD3.5 or ContentV (the pipeline or its transformer), a "
+                          "run, or a checkpoint inside a run", key="from")  # fmt: skip
+    to: str = doc("", "folder to write; it appears whole or not at all")
+    layout: str = doc("diffusers", "diffusers (a whole pipeline folder) | transformer (its transformer folder alone)")
+    weights: str = doc("ema", "ema | raw: which weights of a run or checkpoint")
+    dtype: str = doc("keep", "keep | fp32 | bf16 | fp16: of the transformer's weights; keep = as stored, to the bit")
+    lora: str = doc("", "folder or file of a LoRA (pytorch_lora_weights.safetensors); runs that trained one bring it")
+    lora_scale: float = doc(1.0, "factor of the LoRA's part; 1 = as trained")
+    lora_mode: str = doc("merge", "merge (into the weights) | apart (beside them, in lora/) | unmerge (out of them)")
+    shift: float = doc(0.0, "timestep shift for the scheduler; 0 = the one the weights were trained with")
+    max_shard_gb: float = doc(5.0, "most gigabytes (1e9 bytes) of weights in one file")
+    overwrite: bool = doc(False, "replace the model folder that `to` already is")
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        require(self.layout in LAYOUTS, "layout", self.layout, f"use one of {', '.join(LAYOUTS)}")
+        require(self.weights in ("ema", "raw"), "weights", self.weights, "use ema or raw")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"use one of {', '.join(DTYPES)}")
+        require(self.lora_mode in LORA_MODES, "lora_mode", self.lora_mode, f"use one of {', '.join(LORA_MODES)}")
+        require(self.shift >= 0, "shift", self.shift, "use a positive number, or 0 for the trained shift")
+        require(self.max_shard_gb > 0, "max_shard_gb", self.max_shard_gb, "use a positive number")
 
 
 @dataclass
@@ -211,6 +267,7 @@ ROOTS: dict[str, type] = {
     "train": TrainRoot,
     "pipeline": PipelineRoot,
     "sample": SampleConfig,
+    "convert": ConvertConfig,
     "curate": CurateRoot,
     "synth": SynthRoot,
     "demo": DemoConfig,

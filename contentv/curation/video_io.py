@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 1 << 26  # of one frame; larger ones are a mistake or an attack on the memory
 CRF = 16  # x264's quality: no loss that one can see
 MediaFile = io.BytesIO | io.BufferedReader
+Frames = UInt8[np.ndarray, "T H W 3"]
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
@@ -212,25 +214,28 @@ def read_image(source: MediaFile, name: str) -> UInt8[np.ndarray, "H W 3"]:
         raise DecodeError(name, f"not an image, or damaged ({error})") from error
 
 
-def encode_mp4_bytes(frames: UInt8[np.ndarray, "T H W 3"], fps: float | int, crf: int = CRF) -> bytes:
+def encode_mp4_bytes(frames: Frames | Iterator[Frames], fps: float | int, crf: int = CRF) -> bytes:
     """Returns an MP4 file (H.264, yuv420p) of the frames; the same bytes every time.
 
     Args:
-        frames: RGB, at least one; height and width even.
+        frames: RGB, at least one; height and width even. An iterator gives a clip part by part, and each part is
+            encoded before the next is asked for: the clip need never be whole in memory.
         fps: frames per second, positive.
         crf: x264's constant quality, 0 (lossless) to 51.
 
     Raises:
-        ValueError: no frames, odd sides or fps not positive.
+        ValueError: no frames, odd sides, parts of different sizes, or fps not positive.
         UserError: the decoder library was built without libx264.
     """
-    count, height, width = frames.shape[:3]
-    if count == 0 or height % 2 or width % 2 or fps <= 0:
-        raise ValueError(f"cannot encode {count} frames of {height} x {width} at {fps} fps as yuv420p")
     if "libx264" not in av.codecs_available:
         raise UserError(
             "this build of PyAV has no libx264", where="av", remedy="install its wheel: pip install --only-binary av av"
         )
+    parts = iter([frames]) if isinstance(frames, np.ndarray) else frames
+    first = next(parts, None)
+    count, height, width = (0, 0, 0) if first is None else first.shape[:3]
+    if first is None or count == 0 or height % 2 or width % 2 or fps <= 0:
+        raise ValueError(f"cannot encode {count} frames of {height} x {width} at {fps} fps as yuv420p")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -238,14 +243,17 @@ def encode_mp4_bytes(frames: UInt8[np.ndarray, "T H W 3"], fps: float | int, crf
         stream.codec_context.thread_count = 1  # x264's bytes depend on the number of threads
         # Its macroblock tree reads stray memory below 128 px, so that the bytes would differ from call to call.
         stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        for part in itertools.chain([first], parts):
+            if part.shape[1:3] != (height, width):
+                raise ValueError(f"cannot encode frames of {part.shape[1:3]} after {height} x {width}")
+            for pixels in part:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
 
 
 def write_mp4(
-    frames: UInt8[np.ndarray, "T H W 3"], path: str | os.PathLike[str], fps: float | int, crf: int = CRF
+    frames: Frames | Iterator[Frames], path: str | os.PathLike[str], fps: float | int, crf: int = CRF
 ) -> None:
     """Writes an MP4 file, whole or not at all; see `encode_mp4_bytes`."""
     target = Path(path)

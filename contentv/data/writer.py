@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contentv.base.errors import UserError
+from contentv.base.lock import lock_folder
 from contentv.base.log import get_logger
 from contentv.base.types import Bucket, TextCond
 from contentv.data.dataset import (
@@ -67,7 +67,7 @@ class DatasetWriter:
         self._unsaved = False
         with disk_errors(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._root)
+        self._lock = lock_folder(self._root, "writing this dataset")
         try:
             self._info = self._open(vae, text)
         except BaseException:
@@ -284,7 +284,7 @@ def refit_quality(path: str | Path) -> None:
         UserError: there is no dataset, or a writer is at work on it.
     """
     info = DatasetInfo.load(path)
-    lock = _lock(info.path)
+    lock = lock_folder(info.path, "writing this dataset")
     try:
         entries = [entry for shard in info.shards for entry in _index(info, shard)]
         with disk_errors(info.path):
@@ -299,21 +299,6 @@ def _index(info: DatasetInfo, shard: ShardInfo) -> list[IndexEntry]:
         return read_index(info.shard_path(shard), shard).entries
     except DamagedShardError as error:
         raise UserError(str(error), where=str(info.shard_path(shard)), remedy="restore it from a copy") from error
-
-
-def _lock(folder: Path) -> int:
-    """Returns a descriptor of the folder that holds its only writer's lock until it is closed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(
-            "another process is writing this dataset", where=str(folder), remedy="wait for it, or write elsewhere"
-        ) from error
-    except OSError as error:
-        get_logger().warning(f"{folder}: this disk has no locks ({error}); run one writer at a time")
-    return descriptor
 
 
 def _score(fields: Mapping[str, Any], name: str) -> float | None:

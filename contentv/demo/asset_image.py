@@ -36,6 +36,7 @@ class ImageTraining:
     batch: int = 32
     muon_lr: float = 0.012
     adam_lr: float = 2e-3
+    model_weight_decay: float = 0.1  # keeps the weights about as large as new ones: large ones hardly learn anew
     ema: float = 0.99
     seed: int = 0
 
@@ -130,7 +131,7 @@ def train_image_model(
     torch.manual_seed(config.seed)
     model, average = new_image_model(), new_image_model()
     average.load_state_dict(model.state_dict())
-    schedule = Schedule(model, config.muon_lr, config.adam_lr)
+    schedule = Schedule(model, config.muon_lr, config.adam_lr, weight_decay=config.model_weight_decay)
     started, shown = time.monotonic(), 2.0
     while (share := (time.monotonic() - started) / 60.0 / config.model_minutes) < 1.0:
         rows = torch.randint(len(latents), (config.batch,))

@@ -50,12 +50,15 @@ class Muon(torch.optim.Optimizer):
 class Schedule:
     """Muon for the hidden weights and AdamW for the rest, on one clock: warm-up, then down to almost 0."""
 
-    def __init__(self, model: nn.Module, muon_lr: float, adam_lr: float, warmup_steps: int = 30) -> None:
+    def __init__(
+        self, model: nn.Module, muon_lr: float, adam_lr: float, warmup_steps: int = 30, weight_decay: float = 0.01
+    ) -> None:
         hidden = [p for p in model.parameters() if p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8]
         chosen = {id(p) for p in hidden}
         rest = [p for p in model.parameters() if id(p) not in chosen]
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(hidden, muon_lr), torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.99), weight_decay=1e-3)
+            Muon(hidden, muon_lr, weight_decay=weight_decay),
+            torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.99), weight_decay=1e-3),
         ]  # fmt: skip
         self.rates = [muon_lr, adam_lr]
         self.warmup_steps = warmup_steps

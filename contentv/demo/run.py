@@ -6,6 +6,7 @@ videos -> dataset -> image, low-res, high-res, RLHF stages -> samples before and
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from contentv.base.errors import UserError
+from contentv.base.lock import lock_folder
 from contentv.base.log import console, get_logger
 from contentv.config.compose import load_config
 from contentv.config.curating import curate_dataset
@@ -84,6 +86,14 @@ def run_demo(config: DemoConfig) -> Path:
     """Does every part that is not done and returns the path of the report."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out, "running this demo")
+    try:
+        return _run(config, out)
+    finally:
+        os.close(lock)
+
+
+def _run(config: DemoConfig, out: Path) -> Path:
     settings = {key: value for key, value in asdict(config).items() if key != "out"}
     ledger = Ledger.open(out / "demo.json", settings)
     ran = ledger.once("videos", lambda: make_videos(config, out))

@@ -67,21 +67,27 @@ def euler_sample(
 
 
 def guided(
-    model: VelocityModel, text: TextCond, negative_text: TextCond | None = None, scale: Number = 1.0
+    model: VelocityModel,
+    text: TextCond,
+    negative_text: TextCond | None = None,
+    scale: Number = 1.0,
+    *,
+    batched: bool = False,
 ) -> VelocityFn:
     """Returns the velocity of `model` under classifier-free guidance, v_u + scale * (v_c - v_u), in fp32.
 
-    The two branches are two passes of the model, not one pass of twice the batch: half the memory, and the prompts may
-    differ in length. With scale 1 there is one pass and `negative_text` is not used.
+    The two branches are two passes of the model unless `batched`: half the memory, and the prompts may differ in
+    length. With scale 1 there is one pass and `negative_text` is not used.
 
     Args:
         model: the velocity model.
         text: the prompts, one row per sample.
         negative_text: the prompts to move away from; one row stands for all samples.
         scale: 0 or more; 1 = no guidance.
+        batched: one pass of twice the batch instead, prompts first; equal to two passes up to rounding.
 
     Raises:
-        ValueError: scale is negative, or not 1 without `negative_text`.
+        ValueError: scale is negative, or not 1 without `negative_text`; or batched prompts differ in length.
     """
     require(scale >= 0, "guidance scale", scale, "0 or more")
     if scale != 1 and negative_text is None:
@@ -90,12 +96,26 @@ def guided(
     if negative is not None and negative.tokens.shape[0] == 1:
         negative = negative.expand(text.tokens.shape[0])
 
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+    def one(latents: Tensor, sigma: Tensor, condition: TextCond) -> Tensor:
         timestep = timestep_of(sigma.expand(latents.shape[0]))
-        conditional = at_least_fp32(model(latents, timestep, text.tokens, text.pooled))
-        if scale == 1 or negative is None:
-            return conditional
-        unconditional = at_least_fp32(model(latents, timestep, negative.tokens, negative.pooled))
+        return at_least_fp32(model(latents, timestep, condition.tokens, condition.pooled))
+
+    if scale == 1 or negative is None:
+        return lambda latents, sigma: one(latents, sigma, text)
+    unguided = negative
+
+    def two_passes(latents: Tensor, sigma: Tensor) -> Tensor:
+        conditional, unconditional = one(latents, sigma, text), one(latents, sigma, unguided)
         return unconditional + scale * (conditional - unconditional)
 
-    return velocity
+    if not batched:
+        return two_passes
+    if text.tokens.shape != negative.tokens.shape:
+        raise ValueError(f"prompts of {tuple(text.tokens.shape)} and {tuple(negative.tokens.shape)} make no batch")
+    both = TextCond(torch.cat([text.tokens, negative.tokens]), torch.cat([text.pooled, negative.pooled]))
+
+    def one_pass(latents: Tensor, sigma: Tensor) -> Tensor:
+        conditional, unconditional = one(torch.cat([latents, latents]), sigma, both).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return one_pass

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from torch import Tensor
 
 from contentv.base.errors import UserError
@@ -36,7 +37,7 @@ class Counters:
 
 def save(
     partition: Partition, state: State, counters: Counters, folder: Path, extra: dict[str, Any], *,
-    keep: int = 0, chunk_bytes: int = files.CHUNK_BYTES,
+    frozen: int = 0, keep: int = 0, chunk_bytes: int = files.CHUNK_BYTES,
 ) -> None:  # fmt: skip
     """Writes a checkpoint. Collective; when it returns the checkpoint is complete and on the disk.
 
@@ -46,6 +47,7 @@ def save(
         counters: the numbers to go with them.
         folder: the checkpoint's folder, such as `out/checkpoints/step-00000200`.
         extra: JSON-compatible facts of the caller.
+        frozen: weights of the model that the checkpoint does not hold, for its manifest.
         keep: newest checkpoints to keep beside each other; 0 = all.
         chunk_bytes: size of a file.
 
@@ -74,7 +76,7 @@ def save(
         if failed:
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            failed = _commit(folder, _manifest(partition, counters, reports, extra), keep)
+            failed = _commit(folder, _manifest(partition, counters, frozen, reports, extra), keep)
     _agree(partition, failed)
 
 
@@ -111,7 +113,7 @@ def _agree(partition: Partition, problem: str) -> None:
 
 
 def _manifest(
-    partition: Partition, counters: Counters, reports: list[dict[str, Any]], extra: dict[str, Any]
+    partition: Partition, counters: Counters, frozen: int, reports: list[dict[str, Any]], extra: dict[str, Any]
 ) -> dict[str, Any]:
     mesh = partition.mesh
     tensors: dict[str, Any] = {
@@ -126,11 +128,25 @@ def _manifest(
         "step": counters.step,
         "optimizer_step": counters.optimizer_step,
         "ema_updates": counters.ema_updates,
+        "weights": {"trained": partition.numel(), "frozen": frozen},  # the trained ones are here
         "written_by": {"dp": mesh.dp, "sp": mesh.sp, "tp": mesh.tp},
         "extra": extra,
         "files": {f: facts for report in reports for f, facts in report["files"].items()},
         "tensors": tensors,
     }
+
+
+def newest(root: Path | str, rank: int, device: torch.device) -> Path | None:
+    """Returns the newest undamaged checkpoint in `root`, the same on every rank. Collective.
+
+    Args:
+        root: the folder with a run's checkpoints.
+        rank: this rank; the first looks.
+        device: where collectives want their tensors.
+    """
+    found = files.newest_complete(root) if rank == 0 else None
+    name = gather_json(str(found) if found else "", None, device)[0]
+    return Path(name) if name else None
 
 
 def load(

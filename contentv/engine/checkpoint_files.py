@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import xxhash
 from torch import Tensor
 
 from contentv.base.errors import UserError
 from contentv.base.log import get_logger
+from contentv.models.stored import StoredTensors
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -224,7 +224,15 @@ def newest_complete(root: Path | str) -> Path | None:
 
 
 def read_weights(folder: Path | str, *, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, whole fp32 tensor) of a checkpoint's weights, one at a time; needs one process alone.
+    """Yields (name, whole fp32 tensor) of a checkpoint's weights, one at a time; see `open_weights`."""
+    for name, stored in open_weights(folder, ema=ema).items():
+        yield name, stored.read()
+
+
+def open_weights(folder: Path | str, *, ema: bool = False) -> StoredTensors:
+    """Returns a checkpoint's weights by name, whole and in fp32, each read when taken; needs one process alone.
+
+    The checksum of every file that holds them is verified first.
 
     Args:
         folder: the checkpoint.
@@ -244,7 +252,4 @@ def read_weights(folder: Path | str, *, ema: bool = False) -> Iterator[tuple[str
     problems = damage(folder, {**manifest, "files": of_kind})
     if problems:
         raise UserError(problems[0], where=str(folder), remedy="use another checkpoint of the run")
-    for file in sorted(of_kind):
-        with safetensors.safe_open(folder / file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118  (not a dict)
-                yield name, f.get_tensor(name)
+    return StoredTensors(folder / file for file in sorted(of_kind))

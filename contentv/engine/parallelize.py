@@ -49,7 +49,7 @@ def parallelize(
     """Makes `model` this rank's part of itself, in place, and returns the split dimension of each split parameter.
 
     All ranks first take rank 0's weights, so that replicas are equal and parts fit together however each rank made its
-    model.
+    model. A model on the meta device has none: its parts are shapes, and whoever fills them gives all ranks the same.
 
     Args:
         model: the whole model; has the seams and `transformer_blocks`. It can be parallelized once.
@@ -67,7 +67,7 @@ def parallelize(
     if getattr(model, "is_parallelized", False):
         raise RuntimeError("this model is already one rank's part: parallelize takes a whole model")
     model.is_parallelized = True  # type: ignore[assignment]
-    if mesh.world > 1:
+    if mesh.world > 1 and not any(parameter.is_meta for parameter in model.parameters()):
         equalize(model.parameters(), device or torch.device("cpu"))
     split_dims = apply_plan(model, plan, mesh)
     seamed = cast(Seamed, model)

@@ -12,8 +12,8 @@ What DeepSpeed is told and what is ours:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,18 +24,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contentv.base.errors import UserError
 from contentv.base.types import VelocityModel
 from contentv.engine import checkpoint
-from contentv.engine.checkpoint_files import newest_complete
 from contentv.engine.ema import MovingAverage
 from contentv.engine.optim import OptimConfig, lr_at
 from contentv.engine.parallelize import parallelize
 from contentv.engine.partition import Entry, Partition, fragments_of
 from contentv.engine.plans import MMDIT_PLAN
+from contentv.engine.weights import (
+    Weights,
+    fill,
+    give_back,
+    hollow,
+    partitioned_places,
+    replace_parameters,
+    settle,
+    whole_places,
+)
 from contentv.engine.zero_config import PERSIST_BELOW, Ranks, deepspeed_config
 from contentv.parallel.collectives import any_of, gather_json, start, sum_over
 from contentv.parallel.mesh import Mesh, ParallelConfig, build_mesh
-from contentv.parallel.tensor import TensorPlan
+from contentv.parallel.tensor import TensorPlan, sum_partial_gradients
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEPRECATED = ("all_gather_into_tensor", "reduce_scatter_tensor")
@@ -48,6 +58,17 @@ class StepStats:
     grad_norm: float
     lr: float
     skipped: bool
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Returns the dtype that weights and activations have.
+
+    Raises:
+        ValueError: the precision is unknown.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"precision={precision} is none of {', '.join(DTYPES)}")
+    return DTYPES[precision]
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -74,14 +95,19 @@ def build_engine(
     accumulation_steps: int = 1,
     max_steps: int,
     device: torch.device,
+    weights: Weights | None = None,
+    load_follows: bool = False,
     compile: bool = False,
     plan: TensorPlan = MMDIT_PLAN,
     persist_below: int = PERSIST_BELOW,
 ) -> ZeroEngine:
-    """Returns the engine that trains `model`, which it takes over: parallelized, partitioned and moved to `device`.
+    """Returns the engine that trains `model`, which it takes over: parallelized, partitioned and on `device`.
+
+    Parameters that do not require gradients are frozen: they have no part in the optimiser, the moving average and the
+    checkpoints, and are partitioned under ZeRO-3 like all others.
 
     Args:
-        model: the whole model in fp32, the same on every rank (ranks take the first rank's weights in any case).
+        model: the model, on the meta device with `weights`; else the whole model in fp32 (ranks take the first rank's).
         mesh: this rank's place.
         optim: AdamW, schedule, clipping, moving average.
         precision: fp32, or bf16 for the weights and activations; the optimiser's master weights are fp32 in any case.
@@ -90,40 +116,91 @@ def build_engine(
         accumulation_steps: micro-batches before a step; any number works, this is the usual one.
         max_steps: steps of the run, for the schedule.
         device: this rank's device.
+        weights: the whole parameters by name, the same on every rank: tensors, or anything sliced like one.
+        load_follows: a checkpoint is loaded next: of the weights, only the frozen ones are read.
         compile: compile each block.
         plan: how tensor ranks split the model.
         persist_below: weights of fewer elements are not partitioned by ZeRO-3.
 
     Raises:
-        ValueError: the precision is unknown, or some weights are frozen.
+        ValueError: the precision is unknown, nothing is to be trained, or the weights are not those of the model.
+        UserError: a part of the weights is to be trained with tensor parallelism.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"precision={precision} is none of {', '.join(DTYPES)}")
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if frozen:
-        raise ValueError(f"the engine trains all weights, but {len(frozen)} are frozen, such as {frozen[0]}")
     mesh = with_groups(mesh, device)
+    weights, trained = settle(model, weights, mesh, device), _trained(model, mesh)
     split_dims = parallelize(model, mesh, recompute=parallel.recompute, compile=compile, device=device, plan=plan)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    shapes = {name: tuple(parameter.shape) for parameter, name in names.items()}
-    adamw = torch.optim.AdamW(
-        list(names), lr=lr_at(0, optim, max_steps), betas=(optim.betas[0], optim.betas[1]), eps=optim.eps,
-        weight_decay=optim.weight_decay,
-    )  # fmt: skip
-    # bf16: DeepSpeed rounds the weights before it makes the master weights of them; these are the unrounded ones.
-    exact = {name: parameter.detach() for parameter, name in names.items()} if precision == "bf16" else {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    numel, trained_numel = (sum(math.prod(shapes[name]) for name in names) for names in (shapes, trained))
     config = deepspeed_config(
-        parallel, precision, device, sum(p.numel() for p in names), grad_clip=optim.grad_clip,
+        parallel, precision, device, numel, grad_clip=optim.grad_clip, trained_numel=trained_numel,
         micro_batch_size=micro_batch_size, persist_below=persist_below,
     )  # fmt: skip
-    deepspeed = import_deepspeed(device)
-    inner, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config, mpu=Ranks(mesh))
-    fragments, masters = fragments_of(inner.optimizer, names.__getitem__, mesh.zero_rank)
-    entries = [Entry(n, shapes[n], split_dims.get(n), fragments[n]) for n in shapes]
-    partition = Partition(entries, mesh, device)
-    for name, value in exact.items():
-        partition.set_local(partition.by_name[name], masters, value)
-    return ZeroEngine(inner, adamw, partition, masters, optim, max_steps, parallel, precision)
+    make_room(model, mesh, parallel, dtype_of(precision), device, config)
+    sum_partial_gradients(model, plan, mesh)  # the parameters are new ones
+    parameters = dict(model.named_parameters())
+    frozen = {name: parameter for name, parameter in parameters.items() if name not in trained}
+    if parallel.zero_stage < 3:  # before DeepSpeed makes the master weights of them
+        fill(weights, whole_places(frozen if load_follows else parameters, split_dims, mesh, device))
+    adamw = torch.optim.AdamW(
+        [parameters[name] for name in trained], lr=lr_at(0, optim, max_steps), betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps, weight_decay=optim.weight_decay,
+    )  # fmt: skip
+    inner, *_ = import_deepspeed(device).initialize(model=model, optimizer=adamw, config=config, mpu=Ranks(mesh))
+    give_back()  # DeepSpeed has moved the partitions into one buffer
+    name_of = {parameter: name for name, parameter in parameters.items()}.__getitem__
+    fragments, masters = fragments_of(inner.optimizer, name_of, mesh.zero_rank)
+    partition = Partition([Entry(n, shapes[n], split_dims.get(n), fragments[n]) for n in trained], mesh, device)
+    targets = [(partition, masters)] if not load_follows else []
+    if parallel.zero_stage == 3:
+        targets.append(partitioned_places(frozen, split_dims, mesh, device))
+    if parallel.zero_stage == 3 or precision == "bf16":  # bf16: DeepSpeed's master weights are of the rounded ones
+        fill(weights, *targets)
+    engine = ZeroEngine(inner, adamw, partition, masters, optim, max_steps, parallel, numel - trained_numel)
+    if parallel.zero_stage == 3:
+        engine.weights_from_masters()
+    return engine
+
+
+def _trained(model: nn.Module, mesh: Mesh) -> list[str]:
+    """Returns the names of the parameters to train."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if not any(required.values()):
+        raise ValueError("all weights are frozen: there is nothing to train")
+    if mesh.tp > 1 and not all(required.values()):
+        raise UserError(
+            "tensor parallelism cannot train a part of the weights", where="parallel.tp",
+            remedy="use parallel.tp=1, and parallel.sp= for more ranks per clip",
+        )  # fmt: skip
+    return [name for name, wanted in required.items() if wanted]
+
+
+def make_room(
+    model: nn.Module, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device,
+    config: dict[str, Any],
+) -> None:  # fmt: skip
+    """Gives a model of shapes memory for its values, which are zeros: under ZeRO-3 for this rank's partition alone."""
+    for name, buffer in model.named_buffers():
+        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(device)
+    if parallel.zero_stage < 3:
+        replace_parameters(model, lambda parameter: torch.zeros(parameter.shape, dtype=dtype, device=device))
+        return
+    replace_parameters(model, lambda parameter: hollow(parameter, dtype, device))
+    zero_init = import_deepspeed(device).zero.partition_parameters
+
+    class Partitioner(zero_init.Init):  # type: ignore[name-defined]
+        """DeepSpeed's, for weights that have no values yet: none is ever whole, and none is sent around."""
+
+        def _zero_init_param(self, parameter: Any) -> None:
+            self._convert_to_deepspeed_param(parameter)
+            size = -(-parameter.ds_numel // self.dp_world_size)
+            part: Any = torch.zeros(size, dtype=dtype, device=self.remote_device)
+            part = zero_init.get_accelerator().pin_memory(part) if self.pin_memory else part
+            part.ds_numel, part.final_location = size, None
+            part.status = zero_init.PartitionedParamStatus.AVAILABLE
+            parameter.ds_tensor, parameter.ds_numel_aligned = part, size * self.dp_world_size
+            parameter.partition()  # which only lets go of the hollow one
+
+    Partitioner(module=model, data_parallel_group=mesh.zero_group, config_dict_or_path=config, mpu=Ranks(mesh))
 
 
 def with_groups(mesh: Mesh, device: torch.device) -> Mesh:
@@ -148,10 +225,10 @@ class ZeroEngine:
 
     def __init__(
         self, inner: Any, adamw: torch.optim.AdamW, partition: Partition, masters: list[Tensor], optim: OptimConfig,
-        max_steps: int, parallel: ParallelConfig, precision: str,
+        max_steps: int, parallel: ParallelConfig, frozen: int,
     ) -> None:  # fmt: skip
         self._inner, self._adamw, self._partition, self._masters = inner, adamw, partition, masters
-        self._optim, self._max_steps, self._parallel, self._precision = optim, max_steps, parallel, precision
+        self._optim, self._max_steps, self._parallel, self._frozen = optim, max_steps, parallel, frozen
         self.module: VelocityModel = inner
         self.mesh, self.device = partition.mesh, partition.device
         self.step_count = 0
@@ -162,7 +239,7 @@ class ZeroEngine:
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the whole model."""
+        """Weights in training, over all ranks."""
         return self._partition.numel()
 
     def backward(self, loss_sum: Tensor, global_samples: int) -> None:
@@ -215,8 +292,9 @@ class ZeroEngine:
             self.step_count, self.step_count - self.skipped_count, self.ema.updates if self.ema is not None else 0
         )
         checkpoint.save(
-            self._partition, self._state(), counters, Path(folder), extra, keep=keep, chunk_bytes=chunk_bytes
-        )
+            self._partition, self._state(), counters, Path(folder), extra, frozen=self._frozen, keep=keep,
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
 
     def load(self, folder: Path | str) -> dict[str, Any]:
         """Restores the training state saved in `folder` by any layout and returns its extra. Collective.
@@ -233,14 +311,12 @@ class ZeroEngine:
             self.ema.updates = counters.ema_updates
             if "ema" not in kinds:
                 self.ema.restart()
-        self._weights_from_masters()
+        self.weights_from_masters()
         return extra
 
     def newest_checkpoint(self, root: Path | str) -> Path | None:
         """Returns the newest undamaged checkpoint in `root`, the same on every rank. Collective."""
-        found = newest_complete(root) if self.mesh.rank == 0 else None
-        name = gather_json(str(found) if found else "", None, self.device)[0]
-        return Path(name) if name else None
+        return checkpoint.newest(root, self.mesh.rank, self.device)
 
     def _state(self) -> checkpoint.State:
         states = [self._adam_state(flat) for flat in self._masters]
@@ -261,8 +337,8 @@ class ZeroEngine:
         return state
 
     @torch.no_grad()
-    def _weights_from_masters(self) -> None:
-        """Makes the weights that the model computes with those of the master partitions."""
+    def weights_from_masters(self) -> None:
+        """Makes the weights that the model computes with those of the master partitions. Collective."""
         optimizer = self._inner.optimizer
         if self._parallel.zero_stage < 3:
             optimizer.update_lp_params()
@@ -287,55 +363,6 @@ class ZeroEngine:
         """Returns the keys of all data ranks' samples, rank after rank. Collective."""
         return [key for of_rank in gather_json(keys, self.mesh.dp_group, self.device) for key in of_rank]
 
-    def frozen(self, model: nn.Module) -> VelocityModel:
-        """Returns another whole model as a frozen reference over this engine's ranks; see `frozen_model`."""
-        return frozen_model(model, self.mesh, self._parallel, self._precision, self.device)
-
     def close(self) -> None:
         """Unhooks DeepSpeed from the model; the engine cannot be used afterwards."""
         self._inner.destroy()
-
-
-class FrozenModel:
-    """A model that is only evaluated; its output has no gradient."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    @torch.no_grad()
-    def __call__(self, noisy_latents: Tensor, timestep: Tensor, text_tokens: Tensor, text_pooled: Tensor) -> Tensor:
-        out: Tensor = self._run(noisy_latents, timestep, text_tokens, text_pooled)
-        return out
-
-
-def frozen_model(
-    model: nn.Module,
-    mesh: Mesh,
-    parallel: ParallelConfig,
-    precision: str,
-    device: torch.device,
-    *,
-    plan: TensorPlan = MMDIT_PLAN,
-    persist_below: int = PERSIST_BELOW,
-) -> VelocityModel:
-    """Returns `model` as a frozen reference, such as RLHF's: split like the trained model, partitioned under ZeRO-3.
-
-    Every rank must call it equally often, like the trained model.
-
-    Args:
-        model: the whole model; it is taken over.
-        mesh, parallel, precision, device: those of the engine.
-        plan: how tensor ranks split the model.
-        persist_below: weights of fewer elements are not partitioned.
-    """
-    mesh = with_groups(mesh, device)
-    parallelize(model, mesh, device=device, plan=plan)
-    model.requires_grad_(False).eval()
-    if parallel.zero_stage < 3:
-        return FrozenModel(model.to(device, DTYPES[precision]))
-    settings = dataclasses.replace(parallel, offload="all" if parallel.offload == "all" else "none")
-    numel = sum(p.numel() for p in model.parameters())
-    config = deepspeed_config(settings, precision, device, numel, persist_below=persist_below)
-    config["zero_optimization"].pop("offload_optimizer", None)
-    inner, *_ = import_deepspeed(device).initialize(model=model, config=config, mpu=Ranks(mesh))
-    return FrozenModel(inner)

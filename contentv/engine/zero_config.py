@@ -43,7 +43,8 @@ class Ranks:
 
 def deepspeed_config(
     parallel: ParallelConfig, precision: str, device: torch.device, numel: int, *,
-    grad_clip: float = 0.0, micro_batch_size: int = 1, persist_below: int = PERSIST_BELOW,
+    grad_clip: float = 0.0, trained_numel: int | None = None, micro_batch_size: int = 1,
+    persist_below: int = PERSIST_BELOW,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns DeepSpeed's configuration, derived from ours: users never write it.
 
@@ -53,15 +54,17 @@ def deepspeed_config(
         device: where the model runs.
         numel: weights on this rank before ZeRO; buckets need not be larger.
         grad_clip: largest global gradient norm; 0 = no clipping.
+        trained_numel: those of them that have gradients; None = all.
         micro_batch_size: samples of a forward pass; for its books.
         persist_below: weights of fewer elements are not partitioned by ZeRO-3.
     """
     overlap = device.type != "cpu" and parallel.zero_stage >= 2
     bucket = min(BUCKET_ELEMENTS, max(numel, 1))
+    reduce_bucket = min(bucket, max(numel if trained_numel is None else trained_numel, 1))
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": overlap,
-        "reduce_bucket_size": bucket,
+        "reduce_bucket_size": reduce_bucket,
         "allgather_bucket_size": bucket,
     }
     if parallel.zero_stage == 3:

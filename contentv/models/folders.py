@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from contentv.base.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name; several files are listed in WEIGHTS.index.json
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,11 +52,12 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if (folder / name).exists():
         return [folder / name]
     if not index.exists():
-        pickled = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
         found = f" ({', '.join(pickled[:3])} is a pickle, which could run any code when loaded)" if pickled else ""
         raise UserError(
-            f"no {name} and no {index.name}{found}", where=str(folder), remedy="fetch the model's safetensors files"
-        )
+            f"no {name} and no {index.name}{found}", where=str(folder),
+            remedy="fetch the model's safetensors files" + (", or have its maker save them" if pickled else ""),
+        )  # fmt: skip
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError("no weight_map", where=str(index), remedy="fetch the file again")
@@ -69,25 +70,6 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             remedy="fetch the model from a source you trust",
         )
     return [folder / n for n in names]
-
-
-def iterate_weights(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of a folder's weights on the CPU as stored, one tensor in memory at a time.
-
-    Raises:
-        UserError: the weights are missing or damaged.
-    """
-    for path in weight_files(folder, name):
-        yield from _iterate_file(path)
-
-
-def _iterate_file(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as weights:
-            for key in weights.keys():  # noqa: SIM118  (the opened file cannot be iterated)
-                yield key, weights.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"damaged weights ({error})", where=str(path), remedy="fetch the file again") from error
 
 
 def fingerprint(config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], elements: int | None = None) -> str:

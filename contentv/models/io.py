@@ -8,8 +8,8 @@ position table of the image models, which has no place in a video model and is d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from contentv.base.errors import UserError
 from contentv.base.log import get_logger
-from contentv.models.folders import WEIGHTS, iterate_weights, read_json, write_json
+from contentv.models.folders import WEIGHTS, read_json, weight_files, write_json
 from contentv.models.mmdit import MMDiT, MMDiTConfig, init_parameter
+from contentv.models.stored import ComputedTensors, StoredTensors, whole
 
 CONFIG = "config.json"
 INDEX = f"{WEIGHTS}.index.json"
@@ -28,6 +29,7 @@ VIDEO_CLASS = "SD3Transformer3DModel"
 IMAGE_CLASS = "SD3Transformer2DModel"
 IMAGE_POSITIONS = "pos_embed.pos_embed"
 IO_LAYERS = ("pos_embed.proj.", "proj_out.")  # what touches the VAE's latents
+IO_KEYS = ("in_channels", "out_channels", "patch_size")
 NAMES_SHOWN = 8
 
 # What diffusers' image class assumes when config.json leaves a key out.
@@ -79,38 +81,70 @@ def read_config(folder: str | Path) -> MMDiTConfig:
     return config
 
 
-def iterate_state(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of the transformer's weights on the CPU as stored, one tensor in memory at a time.
+@dataclass(frozen=True)
+class TransformerSource:
+    """Where a transformer's weights come from: every name and shape is known and right, values are read when taken.
+
+    Attributes:
+        config: the model's shape.
+        tensors: name -> the tensor, or anything sliced like one; exactly the names of the model's state dict, in its
+            order. One tensor of it need be in memory at a time.
+        origin: for messages.
+    """
+
+    config: MMDiTConfig
+    tensors: Mapping[str, Any]
+    origin: str
+
+
+def state_shapes(config: MMDiTConfig) -> dict[str, torch.Size]:
+    """Returns the names and shapes of a transformer's weights, in the order of its state dict."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in MMDiT(config).state_dict().items()}
+
+
+def open_transformer(folder: str | Path, config_check: MMDiTConfig | None = None) -> TransformerSource:
+    """Returns the weights stored in a diffusers folder of SD3, SD3.5 or ContentV; none of them is read yet.
 
     An image model's position table is left out.
 
     Args:
-        folder: a diffusers transformer folder; its weights are one safetensors file or several with an index.
+        folder: holds config.json and safetensors weights, one file or several with an index.
+        config_check: the shape that the caller expects; None takes whatever the folder has.
 
     Raises:
-        UserError: there are no safetensors weights, or they are damaged.
+        UserError: the folder is no such model, has another shape, or tensors are missing, unknown or misshapen.
     """
-    for name, tensor in iterate_weights(Path(folder), WEIGHTS):
-        if name != IMAGE_POSITIONS:
-            yield name, tensor
+    config = read_config(folder)
+    if config_check is not None:
+        _check_same(config, config_check, str(folder))
+    stored = StoredTensors(weight_files(Path(folder), WEIGHTS), without=[IMAGE_POSITIONS])
+    return checked_source(config, stored, str(folder))
 
 
-def read_state(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Returns all weights of a transformer folder, without an image model's position table.
+def initial_weights(config: MMDiTConfig, seed: int, origin: str = "random weights") -> TransformerSource:
+    """Returns weights for training from scratch, see `init_parameter`; each is made when taken."""
+    shapes = state_shapes(config)
+
+    def make(name: str) -> Tensor:
+        value = torch.empty(shapes[name], dtype=torch.float32)
+        init_parameter(name, value, seed)
+        return value
+
+    return TransformerSource(config, ComputedTensors(shapes, make), origin)
+
+
+def load_whole(source: TransformerSource, dtype: torch.dtype | None = None) -> MMDiT:
+    """Returns the whole model on the CPU.
 
     Args:
-        folder: a diffusers transformer folder.
-        dtype: what to convert to; None keeps what is stored.
-
-    Raises:
-        UserError: there are no safetensors weights, they are damaged, or a name occurs twice.
+        source: the weights.
+        dtype: what to convert them to; None keeps what is stored.
     """
-    state: dict[str, Tensor] = {}
-    for name, tensor in iterate_state(folder):
-        if name in state:
-            raise UserError(f'"{name}" is stored twice', where=str(folder), remedy="fetch the folder again")
-        state[name] = tensor if dtype is None else tensor.to(dtype)
-    return state
+    with torch.device("meta"):
+        model = MMDiT(source.config)
+    model.load_state_dict({name: whole(stored, dtype) for name, stored in source.tensors.items()}, assign=True)
+    return model
 
 
 def read_transformer(
@@ -126,21 +160,13 @@ def read_transformer(
     Raises:
         UserError: the folder is no such model, has another shape, or tensors are missing, unknown or misshapen.
     """
-    config = read_config(folder)
-    if config_check is not None:
-        _check_same(config, config_check, str(folder))
-    return _assemble(config, read_state(folder, dtype), str(folder))
+    return load_whole(open_transformer(folder, config_check), dtype)
 
 
 def adapt_image_transformer(
-    folder: str | Path,
-    config: MMDiTConfig | None = None,
-    *,
-    reinit_io: bool = False,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-) -> MMDiT:
-    """Returns a video transformer that starts from an image transformer's weights.
+    folder: str | Path, config: MMDiTConfig | None = None, *, reinit_io: bool = False, seed: int = 0
+) -> TransformerSource:
+    """Returns the weights of a video transformer that starts from an image transformer's.
 
     The image model's two-dimensional position table is dropped for the fixed three-dimensional code and everything
     else is kept, as ContentV reports doing. Its patch embedding and output layer were trained on another VAE's
@@ -152,29 +178,25 @@ def adapt_image_transformer(
         reinit_io: starts the patch embedding and the output layer anew, for a VAE whose latents have nothing in common
             with the old one's. An option of this project, not of the paper.
         seed: of the new layers' weights.
-        dtype: what to convert the weights to; None keeps what is stored.
 
     Raises:
-        UserError: as `read_transformer`.
+        UserError: as `open_transformer`.
 
     Source: Lin et al. 2025 (arXiv 2506.05343).
     """
-    stored = read_config(folder)
-    wanted = stored if config is None else config
-    free = ("in_channels", "out_channels", "patch_size") if reinit_io else ()
-    _check_same(stored, wanted, str(folder), free)
-    state = read_state(folder, dtype)
-    if reinit_io:
-        with torch.device("meta"):
-            shapes = MMDiT(wanted).state_dict()
-        kept_dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
-        for name, shape in shapes.items():
-            if name.startswith(IO_LAYERS):
-                state[name] = torch.empty(shape.shape, dtype=kept_dtype)
-                init_parameter(name, state[name], seed)
+    source = open_transformer(folder)
+    wanted = source.config if config is None else config
+    _check_same(source.config, wanted, str(folder), IO_KEYS if reinit_io else ())
     ends = "started anew" if reinit_io else "kept"
     get_logger().info(f"video model from the image model in {folder}: patch embedding and output layer {ends}")
-    return _assemble(wanted, state, str(folder))
+    if not reinit_io:
+        return source
+    new = initial_weights(wanted, seed)
+
+    def make(name: str) -> Any:
+        return (new if name.startswith(IO_LAYERS) else source).tensors[name]
+
+    return TransformerSource(wanted, ComputedTensors(new.tensors, make), source.origin)
 
 
 def write_transformer(
@@ -184,6 +206,7 @@ def write_transformer(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    itemsize: int = 4,
 ) -> None:
     """Writes a transformer as a diffusers folder (config.json and safetensors, several with an index when large).
 
@@ -196,6 +219,7 @@ def write_transformer(
         config: the model's shape.
         dtype: what to convert to; None keeps the tensors' dtypes.
         max_shard_bytes: most bytes of tensors in one file.
+        itemsize: bytes of a value, for planning the files of tensors that keep their dtypes.
 
     Raises:
         ValueError: the tensors are not those of a model of this shape; they are named.
@@ -207,9 +231,8 @@ def write_transformer(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
 
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in MMDiT(config).state_dict().items()}
-    files = _plan_files(shapes, 4 if dtype is None else dtype.itemsize, max_shard_bytes)
+    shapes = state_shapes(config)
+    files = _plan_files(shapes, itemsize if dtype is None else dtype.itemsize, max_shard_bytes)
     waiting: dict[str, dict[str, Tensor]] = {file: {} for file in files.values()}
     members = {file: sum(f == file for f in files.values()) for file in waiting}
     seen: set[str] = set()
@@ -225,6 +248,7 @@ def write_transformer(
         if len(part) == members[files[name]]:
             _write_weights(part, folder / files[name])
             del waiting[files[name]]
+            part.clear()  # before the next tensor is made
     if waiting:
         raise ValueError(f"tensors that were not given: {_some(set(shapes) - seen)}")
     if len(members) > 1:
@@ -233,24 +257,27 @@ def write_transformer(
     write_json(_diffusers_config(config), folder / CONFIG)
 
 
-def _assemble(config: MMDiTConfig, state: dict[str, Tensor], where: str) -> MMDiT:
-    with torch.device("meta"):
-        model = MMDiT(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+def checked_source(config: MMDiTConfig, tensors: Mapping[str, Any], origin: str) -> TransformerSource:
+    """Returns the tensors as a model's weights, in the order of its state dict.
+
+    Raises:
+        UserError: tensors are missing, unknown or misshapen; they are named.
+    """
+    shapes = state_shapes(config)
     problems = {
-        "missing": set(shapes) - set(state),
-        "unknown": set(state) - set(shapes),
-        "of another shape": {n for n in set(shapes) & set(state) if shapes[n] != state[n].shape},
+        "missing": set(shapes) - set(tensors),
+        "unknown": set(tensors) - set(shapes),
+        "of another shape": {n for n in set(shapes) & set(tensors) if shapes[n] != tensors[n].shape},
+        "not of floating point": {n for n in set(tensors) if not tensors[n].dtype.is_floating_point},
     }
     found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
     if found:
         raise UserError(
-            f"the tensors are not those that config.json describes ({'; '.join(found)})",
-            where=where,
+            f"the tensors are not those that the config describes ({'; '.join(found)})",
+            where=origin,
             remedy="use a complete folder of one model",
         )
-    model.load_state_dict(state, assign=True)
-    return model
+    return TransformerSource(config, ComputedTensors(shapes, tensors.__getitem__), origin)
 
 
 def _some(names: set[str]) -> str:

@@ -86,7 +86,8 @@ class PatchEmbed(nn.Module):
     def forward(self, latents: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b n d"]:
         b = latents.shape[0]
         patches: Tensor = self.proj(latents.transpose(1, 2).flatten(0, 1))  # (b t) d h w
-        return patches.flatten(2).transpose(1, 2).reshape(b, -1, patches.shape[1])
+        # Channels last in memory too: the tokens of a single frame would else stay strided through all layers.
+        return patches.flatten(2).transpose(1, 2).reshape(b, -1, patches.shape[1]).contiguous()
 
 
 def unpatchify(tokens: Float[Tensor, "b n _"], t: int, h: int, w: int, patch_size: int) -> Float[Tensor, "b c t _h _w"]:
@@ -221,13 +222,13 @@ class JointBlock(nn.Module):
 
         attended, attended_text = self.attn(normed, normed_text, attend, tokens)
 
-        video = video + gate[:, None] * attended
+        video = torch.addcmul(video, gate[:, None], attended)
         normed = modulated_layer_norm(video, scale_ff, shift_ff, NORM_EPS)
-        video = video + gate_ff[:, None] * self.ff(normed)
+        video = torch.addcmul(video, gate_ff[:, None], self.ff(normed))
         if self.ff_context is None:
             return video, text
 
         gate_text, shift_text_ff, scale_text_ff, gate_text_ff = rest
-        text = text + gate_text[:, None] * attended_text
+        text = torch.addcmul(text, gate_text[:, None], attended_text)
         normed_text = modulated_layer_norm(text, scale_text_ff, shift_text_ff, NORM_EPS)
-        return video, text + gate_text_ff[:, None] * self.ff_context(normed_text)
+        return video, torch.addcmul(text, gate_text_ff[:, None], self.ff_context(normed_text))

@@ -92,7 +92,7 @@ class TextStack(nn.Module):
     def from_folder(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         *,
         max_t5_tokens: int = 256,
         token_width: int | None = None,
@@ -101,7 +101,8 @@ class TextStack(nn.Module):
 
         Args:
             path: a diffusers model folder; tokenizer, tokenizer_2, tokenizer_3 lie beside the encoders.
-            dtype: to compute in; T5 overflows in float16.
+            dtype: to compute in; T5 overflows in float16. None leaves the weights as they are stored, and where: what
+                is not read costs no memory.
             max_t5_tokens, token_width: see the class.
 
         Raises:
@@ -124,7 +125,8 @@ class TextStack(nn.Module):
             if dtype == torch.float16:
                 raise UserError("T5 overflows in float16", where=str(root), remedy="use bfloat16 or float32")
             t5 = _read_encoder(T5EncoderModel, root / T5_FOLDERS[0], root / T5_FOLDERS[1])
-        return cls(clips, t5, max_t5_tokens, token_width).to(dtype)
+        stack = cls(clips, t5, max_t5_tokens, token_width)
+        return stack if dtype is None else stack.to(dtype)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> TextCond:

@@ -132,15 +132,29 @@ def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, int]
                 raise TypeError(f"the tensor-parallel plan names {name}, which is no linear layer: {type(module)}")
             parent, _, leaf = name.rpartition(".")
             setattr(layers[parent], leaf, kind(module, mesh))
-        elif matches(name, plan.partial):
-            for parameter in module.parameters(recurse=False):
-                on_gradient: Callable[..., Any] = parameter.register_hook
-                on_gradient(partial(_summed, group=mesh.tp_group))
+    sum_partial_gradients(model, plan, mesh)
     for name, _ in model.named_parameters():
         dim = plan.dim_of(name)
         if dim is not None:
             dims[name] = dim
     return dims
+
+
+def sum_partial_gradients(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
+    """Has the gradients of the plan's partial modules summed over the tensor ranks, from now on.
+
+    `apply_plan` does it. Whoever replaces the model's parameters afterwards has to do it again: hooks stay behind with
+    the old ones.
+    """
+    if mesh.tp == 1:
+        return
+    assert mesh.tp_group is not None
+    for name, module in model.named_modules():
+        if matches(name, plan.partial):
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    on_gradient: Callable[..., Any] = parameter.register_hook
+                    on_gradient(partial(_summed, group=mesh.tp_group))
 
 
 def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -65,6 +65,7 @@ class StageManifest:
     config_hash: str = ""
     consumed: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)  # ema|raw -> folder, relative to the run
+    lora: dict[str, Any] = field(default_factory=dict)  # base (its folder), rank, alpha, where `weights` are a LoRA
     vae_path: str = ""
     text_path: str = ""
 

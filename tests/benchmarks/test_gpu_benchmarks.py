@@ -63,3 +63,21 @@ def test_kernel_rows(tmp_path):
             )
         else:
             assert row["flops"] == 2 * 9 * 9 * 3 * 16 * {"forward": 4, "backward": 8}[row["direction"]]
+
+
+def test_model_step_rows(tmp_path):
+    command = [sys.executable, "benchmarks/model_step.py", "--model", "tiny", "--patches", "4", "--repeats", "2"]
+    result = subprocess.run(
+        [*command, "--threads", "1", "--out", str(tmp_path)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    (path,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["impl"] for row in rows] == ["contentv", "diffusers"]
+    for row in rows:
+        assert set(row) >= ORIGIN | SPREAD | {"parameters", "video_tokens", "threads", "gflops"}
+        assert row["output_error"] <= 1e-5
+        assert row["gradient_error"] <= 1e-4
+        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert row["cpu_ratio_min"] <= row["cpu_ratio"] <= row["cpu_ratio_max"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -52,6 +53,34 @@ def test_encoding_is_reproducible_and_checks_its_input() -> None:
     for bad, fps in ((clip[:, :31], 24), (clip[:0], 24), (clip, 0)):
         with pytest.raises(ValueError, match="cannot encode"):
             encode_mp4_bytes(bad, fps)
+
+
+def test_a_clip_may_come_part_by_part_and_is_never_whole_in_memory(tmp_path: Path) -> None:
+    clip = gradient_clip()
+    taken: list[int] = []
+
+    def parts() -> Iterator[np.ndarray]:
+        for start, stop in ((0, 1), (1, 5), (5, 8)):
+            taken.append(stop)
+            yield clip[start:stop]
+
+    source = parts()
+    assert encode_mp4_bytes(source, 24) == encode_mp4_bytes(clip, 24)
+    assert taken == [1, 5, 8]
+    write_mp4(parts(), tmp_path / "a.mp4", 24)
+    assert (tmp_path / "a.mp4").read_bytes() == encode_mp4_bytes(clip, 24)
+    with pytest.raises(ValueError, match="cannot encode 0 frames"):
+        encode_mp4_bytes(iter(()), 24)
+    with pytest.raises(ValueError, match=r"cannot encode frames of \(16, 48\) after 32 x 48"):
+        encode_mp4_bytes(iter([clip, clip[:, :16]]), 24)
+
+    def breaks() -> Iterator[np.ndarray]:
+        yield clip
+        raise RuntimeError("decoder")
+
+    with pytest.raises(RuntimeError, match="decoder"):
+        write_mp4(breaks(), tmp_path / "b.mp4", 24)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

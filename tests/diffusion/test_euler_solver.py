@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [1, 4, 7, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
-def test_sigmas_and_steps_are_diffusers(steps, shift):
+def test_sigmas_and_steps_are_diffusers(steps, shift, parity):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
@@ -27,6 +27,9 @@ def test_sigmas_and_steps_are_diffusers(steps, shift):
     sigmas = euler_sigmas(steps, shift)
     assert sigmas.dtype == torch.float32
     torch.testing.assert_close(sigmas, scheduler.sigmas, rtol=2e-7, atol=1e-8)
+    published = "diffusers FlowMatchEulerDiscreteScheduler"
+    # sigmas lie in [0, 1]: one rounding of fp32 there
+    parity("solver: sigmas", published, float((sigmas - scheduler.sigmas).abs().max()), 1.2e-7)
     assert (float(sigmas[0]), float(sigmas[-1])) == (1.0, 0.0)
 
     weight = normal(3, 3, seed=1)
@@ -37,7 +40,9 @@ def test_sigmas_and_steps_are_diffusers(steps, shift):
     theirs = noise = normal(2, 3, 2, 4, 4, seed=2)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
         theirs = scheduler.step(velocity(theirs, sigma), timestep, theirs).prev_sample
-    torch.testing.assert_close(euler_sample(velocity, noise, sigmas), theirs, rtol=1e-5, atol=1e-5)
+    ours = euler_sample(velocity, noise, sigmas)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    parity("solver: latents", published, float((ours - theirs).abs().max() / theirs.abs().max()), 1e-5)
 
 
 def test_a_straight_flow_is_solved_in_one_step():
@@ -99,6 +104,29 @@ def test_guidance_is_two_passes_and_its_formula():
     torch.testing.assert_close(model.calls[0][0], torch.full((2,), 700.0))
     assert [tuple(c.shape) for _, c, _ in model.calls] == [(2, 5, 4), (2, 3, 4)]
     torch.testing.assert_close(guided(model, text, negative, 0.0)(x, sigma), unconditional)
+
+
+def test_batched_guidance_is_one_pass_of_twice_the_batch():
+    text = TextCond(normal(2, 5, 4, seed=5), normal(2, 3, seed=6))
+    negative = TextCond(normal(2, 5, 4, seed=7), normal(2, 3, seed=8))  # another one for each prompt
+    x, sigma = normal(2, 1, 1, 2, 2, seed=9), torch.tensor(0.7)
+    expected = guided(Recorder(), text, negative, 6.0)(x, sigma)
+    model = Recorder()
+    velocity = guided(model, text, negative, 6.0, batched=True)
+    torch.testing.assert_close(velocity(x, sigma), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(velocity(x + 1, sigma), guided(Recorder(), text, negative, 6.0)(x + 1, sigma))
+    assert [(tuple(t.shape), tuple(c.shape), tuple(p.shape)) for t, c, p in model.calls] == [
+        ((4,), (4, 5, 4), (4, 3))
+    ] * 2
+    one = TextCond(normal(1, 5, 4, seed=7), normal(1, 3, seed=8))  # one for all
+    torch.testing.assert_close(
+        guided(model, text, one, 6.0, batched=True)(x, sigma), guided(Recorder(), text, one, 6.0)(x, sigma)
+    )
+    model.calls.clear()
+    guided(model, text, negative, 1, batched=True)(x, sigma)
+    assert [tuple(c.shape) for _, c, _ in model.calls] == [(2, 5, 4)]
+    with pytest.raises(ValueError, match="make no batch"):
+        guided(model, text, TextCond(normal(1, 3, 4), normal(1, 3)), 6.0, batched=True)
 
 
 @pytest.mark.parametrize("negative", [None, TextCond(torch.zeros(1, 5, 4), torch.zeros(1, 3))], ids=["none", "given"])

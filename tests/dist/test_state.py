@@ -14,7 +14,7 @@ from torch import Tensor
 
 import launch
 from contentv.engine.checkpoint_files import read_weights
-from contentv.engine.zero import frozen_model
+from contentv.engine.frozen import frozen_model
 from contentv.parallel.mesh import ParallelConfig
 
 HALF, MAX_STEPS = 3, 8

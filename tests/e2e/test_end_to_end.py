@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from contentv.base.lock import lock_folder
 from contentv.curation.video_io import read_video
 
 ASSETS = Path(__file__).resolve().parents[2] / "contentv" / "demo" / "assets"
@@ -79,6 +80,19 @@ def low_run(dataset: Path, image_run: Path) -> Path:
     return dataset.parent / "low"
 
 
+def test_without_a_moving_average_the_raw_weights_are_exported(dataset: Path) -> None:
+    out = dataset.parent / "no_ema"
+    contentv(
+        "train", "stage=image", f"data.path={dataset}", f"init={ASSETS / 'image_model'}", f"out={out}",
+        "train.max_steps=1", *COMMON, "optim.ema_decay=0",
+    )  # fmt: skip
+    assert [p.name for p in (out / "export").iterdir()] == ["raw"]
+    text = contentv(
+        "train", "stage=lowres_video", f"data.path={dataset}", f"init={out}", f"out={out}_next", *COMMON, expect=2
+    )
+    assert "no ema weights" in text
+
+
 def test_the_image_stage_starts_from_the_image_model(image_run: Path) -> None:
     manifest = json.loads((image_run / "stage.json").read_text())
     assert manifest["consumed"]["init_stage"] == "sd3"
@@ -112,6 +126,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(dataset: Path, image_ru
     assert losses(out) == losses(low_run)
     assert (out / "ledger.jsonl").read_text() == (low_run / "ledger.jsonl").read_text()
     assert "nothing to do" in contentv(*arguments, nproc=2)
+    assert json.loads((out / "status.json").read_text()) == {"exit_code": 0, "message": "done"}
+
+
+def test_two_runs_in_one_folder_are_refused(dataset: Path, image_run: Path) -> None:
+    out = dataset.parent / "image"
+    lock = lock_folder(out, "training in this folder")
+    try:
+        text = contentv(
+            "train", "stage=image", f"data.path={dataset}", f"init={ASSETS / 'image_model'}", f"out={out}",
+            "train.max_steps=4", "train.resume=none", *COMMON, expect=2,
+        )  # fmt: skip
+    finally:
+        os.close(lock)
+    assert "another process is training in this folder" in text
+    assert len(losses(image_run)) == 3
 
 
 def test_a_wrong_predecessor_is_refused(dataset: Path, image_run: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -21,8 +22,11 @@ from transformers import (
 
 from contentv.base.errors import UserError
 from contentv.base.log import get_logger
-from contentv.models.text import TextStack
+from contentv.models.mmdit import MMDiTConfig
+from contentv.models.text import Encoder, TextStack
 
+Parity = Callable[[str, str, float, float], None]
+PIPELINE = "diffusers StableDiffusion3Pipeline.encode_prompt"
 CAPTIONS = ["a red square moves left", "", "blue"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -86,8 +90,8 @@ def stack(folder: Path) -> TextStack:
     return TextStack.from_folder(folder)
 
 
-def test_equals_the_published_pipeline(folder: Path, stack: TextStack) -> None:
-    pipeline = StableDiffusion3Pipeline(
+def published_pipeline(folder: Path) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
             num_layers=1,
@@ -107,19 +111,121 @@ def test_equals_the_published_pipeline(folder: Path, stack: TextStack) -> None:
         tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
         tokenizer_3=AutoTokenizer.from_pretrained(folder / "tokenizer_3"),
     )
-    long = " ".join(["red blue"] * 60)
-    captions = [*CAPTIONS, long]
+
+
+def furthest(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth.double()).abs().max() / truth.double().abs().max())
+
+
+@pytest.mark.parametrize("length", ["short", "too_long"])
+def test_equals_the_published_pipeline(length: str, folder: Path, stack: TextStack, parity: Parity) -> None:
+    captions = CAPTIONS if length == "short" else [" ".join(["red blue"] * 60), " ".join(["a"] * 300)]
     with torch.no_grad():
-        tokens, _, pooled, _ = pipeline.encode_prompt(
-            captions, None, None, device=torch.device("cpu"), do_classifier_free_guidance=False, max_sequence_length=256
+        tokens, negative, pooled, negative_pooled = published_pipeline(folder).encode_prompt(
+            captions, None, None, device=torch.device("cpu"), do_classifier_free_guidance=True, max_sequence_length=256
         )
     text = stack.encode(captions)
-    assert text.tokens.shape == (4, 333, 48) == (4, stack.num_tokens, stack.token_width)
-    assert text.pooled.shape == (4, 20) == (4, stack.pooled_width)
-    assert torch.equal(text.tokens, tokens)
-    assert torch.equal(text.pooled, pooled)
+    count = len(captions)
+    assert text.tokens.shape == (count, 333, 48) == (count, stack.num_tokens, stack.token_width)
+    assert text.pooled.shape == (count, 20) == (count, stack.pooled_width)
+    parity(f"TextStack, tokens of {length} captions", PIPELINE, furthest(text.tokens, tokens), 0.0)
+    parity(f"TextStack, pooled vector of {length} captions", PIPELINE, furthest(text.pooled, pooled), 0.0)
+    empty = stack.encode([""] * count)
+    parity("TextStack, tokens of the empty caption", f"{PIPELINE}, negative", furthest(empty.tokens, negative), 0.0)
+    parity(
+        "TextStack, pooled vector of the empty caption",
+        f"{PIPELINE}, negative",
+        furthest(empty.pooled, negative_pooled),
+        0.0,
+    )
     assert not torch.allclose(text.tokens[0], text.tokens[1])
-    assert text.tokens[:, :77, 40:].abs().max() == 0  # CLIP states are padded to T5's width
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_bf16_equals_the_published_pipeline(dtype: torch.dtype, folder: Path, parity: Parity) -> None:
+    pipeline = published_pipeline(folder)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        encoder.to(dtype)
+    with torch.no_grad():
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            CAPTIONS, None, None, device=torch.device("cpu"), do_classifier_free_guidance=False, max_sequence_length=256
+        )
+    text = TextStack.from_folder(folder, dtype).encode(CAPTIONS)
+    assert text.tokens.dtype == text.pooled.dtype == tokens.dtype == dtype
+    parity("TextStack, tokens, bf16", PIPELINE, furthest(text.tokens, tokens), 0.0)
+    parity("TextStack, pooled vector, bf16", PIPELINE, furthest(text.pooled, pooled), 0.0)
+
+
+def test_the_layout_of_the_sequence_part_by_part(folder: Path, stack: TextStack) -> None:
+    """What the published model was trained with, stated without the pipeline: each part from its encoder alone."""
+    tokens = stack.encode(["red"]).tokens
+    first, width = 0, 48
+    for number, channels in ((1, 16), (2, 24)):
+        suffix = "" if number == 1 else f"_{number}"
+        model = CLIPTextModelWithProjection.from_pretrained(folder / f"text_encoder{suffix}")
+        tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+        read = tokenizer(["red"], padding="max_length", max_length=77, return_tensors="pt")
+        assert read.attention_mask.sum() == 3  # begin, red, end: all else is padding
+        with torch.no_grad():
+            states = model(read.input_ids, output_hidden_states=True).hidden_states
+        part = tokens[:, :77, first : first + channels]
+        assert len(states) == 4  # the embeddings and three layers: the second last is layer 2's
+        assert torch.equal(part, states[2])
+        assert not torch.allclose(part, states[3], atol=1e-3)
+        assert part[0, 3:].abs().max() > 0  # padding has states of its own
+        first += channels
+    assert tokens[:, :77, first:width].abs().max() == 0  # zeros up to T5's width
+
+    model = T5EncoderModel.from_pretrained(folder / "text_encoder_3")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
+    read = tokenizer(["red"], padding="max_length", max_length=256, return_tensors="pt")
+    with torch.no_grad():
+        free = model(read.input_ids)[0]
+        masked = model(read.input_ids, attention_mask=read.attention_mask)[0]
+    real = int(read.attention_mask.sum())
+    assert torch.equal(tokens[:, 77:], free)
+    # Without a mask padding is attended to: it changes the states of the real tokens, and is itself part of the text.
+    assert not torch.allclose(free[:, :real], masked[:, :real], atol=1e-3)
+
+
+# hidden size, projection, layers, heads, feed-forward, activation: of the encoders that SD3.5-Large comes with
+CLIP_L = (768, 768, 12, 12, 3072, "quick_gelu")
+CLIP_BIG_G = (1280, 1280, 32, 20, 5120, "gelu")
+
+
+def test_the_published_encoders_give_333_tokens_of_4096_and_2048_pooled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextStack, "_take_fingerprint", lambda self, encoders: "")  # the meta device has no values
+    encoders = []
+    with torch.device("meta"):
+        for (width, projection, layers, heads, hidden, activation), number in ((CLIP_L, ""), (CLIP_BIG_G, "_2")):
+            config = CLIPTextConfig(
+                hidden_size=width,
+                projection_dim=projection,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=hidden,
+                hidden_act=activation,
+                eos_token_id=2,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{number}")
+            encoders.append(Encoder(CLIPTextModelWithProjection(config), tokenizer))
+        config = T5Config(
+            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        encoders.append(Encoder(T5EncoderModel(config), AutoTokenizer.from_pretrained(folder / "tokenizer_3")))
+    millions = [sum(p.numel() for p in encoder.model.parameters()) / 1e6 for encoder in encoders]
+    for found, published in zip(millions, (123.65, 694.66, 4762.3), strict=True):
+        assert found == pytest.approx(published, abs=0.05)
+    stack = TextStack(encoders[:2], encoders[2])
+    assert (stack.num_tokens, stack.token_width, stack.pooled_width) == (333, 4096, 2048)
+    text = stack.encode(["red", ""])
+    assert text.tokens.shape == (2, 333, 4096)
+    assert text.pooled.shape == (2, 2048)
+    config = MMDiTConfig()
+    assert (config.joint_attention_dim, config.pooled_projection_dim) == (4096, 2048)
 
 
 def test_one_clip_without_t5(tmp_path: Path) -> None:

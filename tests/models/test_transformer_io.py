@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from contentv.base.errors import UserError
 from contentv.models.io import (
     adapt_image_transformer,
-    iterate_state,
+    load_whole,
+    open_transformer,
     read_config,
-    read_state,
     read_transformer,
     write_transformer,
 )
@@ -74,11 +74,11 @@ def test_shards_from_a_stream_in_any_order(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in state.values())
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / file)
-    assert_same(read_state(tmp_path), {k: v.to(torch.bfloat16) for k, v in state.items()})
+    assert_same(read_transformer(tmp_path).state_dict(), {k: v.to(torch.bfloat16) for k, v in state.items()})
     # A later save in one file may not leave the old ones to be read.
     write_transformer(make_model(3), tmp_path, CONFIG)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", WEIGHTS]
-    assert_same(read_state(tmp_path), make_model(3).state_dict())
+    assert_same(read_transformer(tmp_path).state_dict(), make_model(3).state_dict())
 
 
 def test_diffusers_reads_what_we_write(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_we_read_what_diffusers_writes(tmp_path: Path, shard: str) -> None:
     expected = truth.state_dict()
     del expected["pos_embed.pos_embed"]
     assert_same(read_transformer(tmp_path, config_check=CONFIG).state_dict(), expected)
-    assert_same(adapt_image_transformer(tmp_path).state_dict(), expected)
-    assert dict(iterate_state(tmp_path)).keys() == expected.keys()
+    assert_same(load_whole(adapt_image_transformer(tmp_path)).state_dict(), expected)
+    assert list(open_transformer(tmp_path).tensors) == list(read_transformer(tmp_path).state_dict())
 
 
 def test_adaptation_can_start_the_ends_anew(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_adaptation_can_start_the_ends_anew(tmp_path: Path) -> None:
     wider = MMDiTConfig(2, 2, 16, in_channels=8, out_channels=8, joint_attention_dim=12, pooled_projection_dim=10)
     with pytest.raises(UserError, match=r"in_channels 16 \(wanted 8\)"):
         adapt_image_transformer(tmp_path, wider)
-    model = adapt_image_transformer(tmp_path, wider, reinit_io=True, seed=4)
+    model = load_whole(adapt_image_transformer(tmp_path, wider, reinit_io=True, seed=4))
     for name, tensor in model.state_dict().items():
         if name.startswith("proj_out."):
             assert tensor.abs().max() == 0
@@ -119,7 +119,7 @@ def test_adaptation_can_start_the_ends_anew(tmp_path: Path) -> None:
         else:
             assert torch.equal(tensor, truth.state_dict()[name])
     assert model.pos_embed.proj.weight.std() > 0
-    again = adapt_image_transformer(tmp_path, wider, reinit_io=True, seed=5)
+    again = load_whole(adapt_image_transformer(tmp_path, wider, reinit_io=True, seed=5))
     assert not torch.equal(again.pos_embed.proj.weight, model.pos_embed.proj.weight)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ def make_model(downsample: tuple[bool, ...] = (False, True, True), z_dim: int = 
         latents_mean=[0.1 * i - 0.2 for i in range(z_dim)],
         latents_std=[1.0 + 0.5 * i for i in range(z_dim)],
     )
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,53 @@ def test_first_frame_is_frame_0_of_the_whole_decode(vae: VideoVAE, video: torch.
     first = vae.decode_first_frame(raw)
     assert first.abs().max() < 1  # nothing is clamped here, so equality is exact
     assert torch.equal(first, decoded[:, :, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_are_the_whole_of_diffusers_bit_for_bit(parity: Any, dtype: torch.dtype) -> None:
+    model = make_model((False, True))
+    vae, kind = VideoVAE(model).to(dtype), str(dtype).removeprefix("torch.")
+    video = torch.rand(1, 3, 33, 16, 12, generator=torch.Generator().manual_seed(5)).to(dtype) * 2 - 1
+    posterior = model.encode(video).latent_dist
+    raw = vae.encode(video)
+    parity(f"VAE encode, mean, {kind}", "diffusers AutoencoderKLWan", gap(raw, posterior.mode()), 0)
+    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
+    drawn = posterior.sample(seeds[1])
+    parity(f"VAE encode, sample, {kind}", "diffusers AutoencoderKLWan", gap(vae.encode(video, seeds[0]), drawn), 0)
+    whole = model.decode(raw).sample
+    assert whole.shape == video.shape
+    assert whole.dtype == raw.dtype == dtype
+    parity(f"VAE decode, {kind}", "diffusers AutoencoderKLWan", gap(vae.decode(raw), whole), 0)
+    groups = list(vae.decode_chunks(raw))
+    assert [g.shape[2] for g in groups] == [1] + [2] * 16
+    parity(f"VAE decode_chunks, {kind}", "decode", gap(torch.cat(groups, dim=2), whole), 0)
+    # Nothing of one call is left for the next, also of one that was not finished.
+    assert torch.equal(next(vae.decode_chunks(raw)), whole[:, :, :1])
+    assert whole[:, :, 0].abs().max() < 1  # nothing is clamped there, so equality is exact
+    parity(f"VAE first frame, {kind}", "frame 0 of decode", gap(vae.decode_first_frame(raw), whole[:, :, 0]), 0)
+    assert torch.equal(next(vae.decode_chunks(raw[:, :, :1])), vae.decode_first_frame(raw[:, :, :1])[:, :, None])
+
+
+@pytest.mark.parametrize("sizes", [[33], [3] * 11, [1, 4, 28], [2, 0, 30, 1]])
+def test_long_clips_are_encoded_the_same_from_any_groups_of_frames(sizes: list[int]) -> None:
+    vae = VideoVAE(make_model((False, True)))
+    video = torch.rand(1, 3, 33, 8, 12, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    assert torch.equal(vae.encode_chunks(iter(video.split(sizes, dim=2))), vae.encode(video))
+
+
+@pytest.mark.parametrize(("sizes", "frames"), [([4, 4], 8), ([], 0), ([1, 1], 2)])
+def test_groups_of_too_few_frames_are_refused(vae: VideoVAE, sizes: list[int], frames: int) -> None:
+    with pytest.raises(UserError, match=rf"cannot encode {frames} frames.*\n.*4k \+ 1"):
+        vae.encode_chunks(torch.zeros(1, 3, size, 8, 8) for size in sizes)
+    with pytest.raises(UserError, match="f1_h8_w8"):
+        vae.encode_chunks([torch.zeros(1, 3, 5, 8, 9)])
+
+
+def test_bf16_differs_by_its_rounding(parity: Any, vae: VideoVAE, video: torch.Tensor) -> None:
+    low, raw = VideoVAE(make_model()).to(torch.bfloat16), vae.encode(video)
+    scale = float(raw.abs().max())
+    parity("VAE encode, bf16, of the largest latent", "the same in fp32", gap(low.encode(video), raw) / scale, 0.05)
+    parity("VAE decode, bf16", "the same in fp32", gap(low.decode(raw), vae.decode(raw)), 0.1)
 
 
 def test_first_frame_is_not_clamped_and_differentiable(vae: VideoVAE, video: torch.Tensor) -> None:

@@ -18,6 +18,10 @@ CUDA_ORDER = [
 def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Returns attention by torch's fastest kernel that takes these tensors: (b, s, heads, dh)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu":
+        # Its kernel reads a head's keys and values over and over: one after the other they pay for the copy. The
+        # result is laid out like q, which therefore stays as it is.
+        k, v = k.contiguous(), v.contiguous()
     if q.device.type != "cuda":
         return scaled_dot_product_attention(q, k, v).transpose(1, 2)
     with sdpa_kernel(CUDA_ORDER, set_priority=True):

@@ -1,0 +1,73 @@
+"""A model that is only evaluated, over the ranks of the engine, such as the reference of RLHF."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contentv.base.types import VelocityModel
+from contentv.engine.parallelize import parallelize
+from contentv.engine.plans import MMDIT_PLAN
+from contentv.engine.weights import Weights, fill, partitioned_places, settle, whole_places
+from contentv.engine.zero import dtype_of, import_deepspeed, make_room, with_groups
+from contentv.engine.zero_config import PERSIST_BELOW, Ranks, deepspeed_config
+from contentv.parallel.mesh import Mesh, ParallelConfig
+from contentv.parallel.tensor import TensorPlan
+
+
+class FrozenModel:
+    """A model that is only evaluated; its output has no gradient."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    @torch.no_grad()
+    def __call__(self, noisy_latents: Tensor, timestep: Tensor, text_tokens: Tensor, text_pooled: Tensor) -> Tensor:
+        out: Tensor = self._run(noisy_latents, timestep, text_tokens, text_pooled)
+        return out
+
+
+def frozen_model(
+    model: nn.Module,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    precision: str,
+    device: torch.device,
+    *,
+    weights: Weights | None = None,
+    plan: TensorPlan = MMDIT_PLAN,
+    persist_below: int = PERSIST_BELOW,
+) -> VelocityModel:
+    """Returns `model` as a frozen reference, such as RLHF's: split like the trained model, partitioned under ZeRO-3.
+
+    Every rank must call it equally often, like the trained model.
+
+    Args:
+        model: the model, on the meta device with `weights`; else the whole model. It is taken over.
+        mesh, parallel, precision, device: those of the engine.
+        weights: the whole parameters by name, the same on every rank: tensors, or anything sliced like one.
+        plan: how tensor ranks split the model.
+        persist_below: weights of fewer elements are not partitioned.
+
+    Raises:
+        ValueError: the weights are not those of the model.
+    """
+    mesh = with_groups(mesh, device)
+    weights = settle(model, weights, mesh, device)
+    split_dims = parallelize(model, mesh, device=device, plan=plan)
+    model.requires_grad_(False).eval()
+    settings = dataclasses.replace(parallel, offload="all" if parallel.offload == "all" else "none")
+    numel = sum(p.numel() for p in model.parameters())
+    config = deepspeed_config(settings, precision, device, numel, persist_below=persist_below)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    make_room(model, mesh, parallel, dtype_of(precision), device, config)
+    parameters = dict(model.named_parameters())
+    if parallel.zero_stage < 3:
+        fill(weights, whole_places(parameters, split_dims, mesh, device))
+        return FrozenModel(model)
+    inner, *_ = import_deepspeed(device).initialize(model=model, config=config, mpu=Ranks(mesh))
+    fill(weights, partitioned_places(parameters, split_dims, mesh, device))
+    return FrozenModel(inner)
