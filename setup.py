@@ -21,7 +21,7 @@ setup(
     },
     install_requires=[
         "torch>=2.10",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19,<0.20",  # engine/zero.py overrides one of its methods
         "diffusers>=0.36",
         "transformers>=4.57",
         "peft>=0.17",

@@ -184,7 +184,7 @@ def work(job: str, folder: Path, to: Path) -> dict[str, Any]:
         meter = Meter()
         stream = engine.state_tensors(ema=True)
         if os.environ["RANK"] == "0":
-            write_transformer(stream, to, source.config, max_shard_bytes=shard_bytes(folder))
+            write_transformer(stream, to, source.config, dtype=torch.float32, max_shard_bytes=shard_bytes(folder))
         else:
             for _ in stream:
                 pass
@@ -262,7 +262,7 @@ def main() -> None:
             weights = initial_weights(config, 0).tensors
             numels = [p.numel() for p in shapes_alone(config).parameters()]
             numel = sum(numels)
-            write_transformer(weights.items(), folder, config, max_shard_bytes=4 * numel // FILES)
+            write_transformer(weights.items(), folder, config, dtype=torch.float32, max_shard_bytes=4 * numel // FILES)
             for job in arguments.jobs:
                 ranks = run(job, folder)
                 shard = shard_bytes(folder)

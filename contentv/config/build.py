@@ -330,7 +330,7 @@ def export(engine: ZeroEngine, plan: Plan, out: Path) -> None:
         if is_main_process() and plan.manifest.lora:
             write_lora(stream, out / folder, plan.root.lora)
         elif is_main_process():
-            write_transformer(stream, out / folder, plan.root.model)
+            write_transformer(stream, out / folder, plan.root.model, dtype=torch.float32)
         else:
             for _ in stream:  # gathering a parameter takes every rank
                 pass

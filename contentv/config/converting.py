@@ -42,8 +42,9 @@ def convert(config: ConvertConfig) -> Path:
     with whole_folder(to, overwrite=config.overwrite) as folder:
         inner = folder / "transformer" if parts else folder
         write_transformer(
-            _stream(weights, DTYPES[config.dtype]), inner, weights.config, dtype=DTYPES[config.dtype],
-            max_shard_bytes=max(1, int(config.max_shard_gb * 1e9)), itemsize=_itemsize(weights),
+            _stream(weights, DTYPES[config.dtype]), inner, weights.config,
+            dtype=DTYPES[config.dtype] or {name: stored.dtype for name, stored in weights.tensors.items()},
+            max_shard_bytes=max(1, int(config.max_shard_gb * 1e9)),
         )  # fmt: skip
         if apart and source.lora is not None:
             save_lora(source.lora, folder / "lora")
@@ -126,10 +127,6 @@ def _as_fp16(value: Tensor, name: str, origin: str) -> Tensor:
             where=origin, remedy="use dtype=bf16 or dtype=keep",
         )  # fmt: skip
     return small
-
-
-def _itemsize(weights: TransformerSource) -> int:
-    return max(tensor.dtype.itemsize for tensor in weights.tensors.values())
 
 
 def _tell_published(config: MMDiTConfig) -> None:

@@ -7,21 +7,19 @@ position table of the image models, which has no place in a video model and is d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from contentv.base.errors import UserError
 from contentv.base.log import get_logger
 from contentv.models.folders import WEIGHTS, read_json, weight_files, write_json
 from contentv.models.mmdit import MMDiT, MMDiTConfig, init_parameter
-from contentv.models.stored import ComputedTensors, StoredTensors, whole
+from contentv.models.stored import ComputedTensors, StoredTensors, TensorFile, whole
 
 CONFIG = "config.json"
 INDEX = f"{WEIGHTS}.index.json"
@@ -204,22 +202,20 @@ def write_transformer(
     folder: str | Path,
     config: MMDiTConfig,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_bytes: int = 5 * 10**9,
-    itemsize: int = 4,
 ) -> None:
     """Writes a transformer as a diffusers folder (config.json and safetensors, several with an index when large).
 
-    A stream of (name, tensor) in the model's order is written with at most one file's tensors in memory. Every file
-    appears under its name only when whole, config.json last.
+    A stream of (name, tensor) is written tensor by tensor, in any order. Every file appears under its name only when
+    whole, config.json last.
 
     Args:
         source: the model, its state dict, or an iterable of (name, whole tensor).
         folder: made if it does not exist.
         config: the model's shape.
-        dtype: what to convert to; None keeps the tensors' dtypes.
+        dtype: what to convert to, for all tensors or by name; None keeps the dtypes of a model or a state dict.
         max_shard_bytes: most bytes of tensors in one file.
-        itemsize: bytes of a value, for planning the files of tensors that keep their dtypes.
 
     Raises:
         ValueError: the tensors are not those of a model of this shape; they are named.
@@ -232,29 +228,41 @@ def write_transformer(
     (folder / CONFIG).unlink(missing_ok=True)
 
     shapes = state_shapes(config)
-    files = _plan_files(shapes, itemsize if dtype is None else dtype.itemsize, max_shard_bytes)
-    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in files.values()}
-    members = {file: sum(f == file for f in files.values()) for file in waiting}
-    seen: set[str] = set()
-    total_bytes = 0
-    for name, tensor in stream:
-        if name not in shapes or name in seen or tensor.shape != shapes[name]:
-            raise ValueError(f'"{name}" {tuple(tensor.shape)} is no tensor of this model, or was given before')
-        seen.add(name)
-        kept = tensor.detach().to("cpu", dtype).contiguous()
-        total_bytes += kept.nbytes
-        part = waiting[files[name]]
-        part[name] = kept
-        if len(part) == members[files[name]]:
-            _write_weights(part, folder / files[name])
-            del waiting[files[name]]
-            part.clear()  # before the next tensor is made
-    if waiting:
-        raise ValueError(f"tensors that were not given: {_some(set(shapes) - seen)}")
-    if len(members) > 1:
-        write_json({"metadata": {"total_size": total_bytes}, "weight_map": files}, folder / INDEX)
-    _remove_others(folder, {*members, *([INDEX] if len(members) > 1 else [])})
+    dtypes = _dtypes(source, shapes, dtype)
+    plan = _plan_files({name: (shape, dtypes[name]) for name, shape in shapes.items()}, max_shard_bytes)
+    files = {file: TensorFile(folder / file, tensors) for file, tensors in plan.items()}
+    places = {name: file for file, tensors in plan.items() for name in tensors}
+    missing = dict.fromkeys(shapes)
+    try:
+        for name, tensor in stream:
+            if name not in missing or tensor.shape != shapes[name]:
+                raise ValueError(f'"{name}" {tuple(tensor.shape)} is no tensor of this model, or was given before')
+            del missing[name]
+            files[places[name]].write(name, tensor.detach().to("cpu", dtypes[name]))
+    finally:
+        for file in files.values():
+            file.close()
+    if missing:
+        raise ValueError(f"tensors that were not given: {_some(set(missing))}")
+    if len(plan) > 1:
+        total_bytes = sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes.items())
+        write_json({"metadata": {"total_size": total_bytes}, "weight_map": places}, folder / INDEX)
+    _remove_others(folder, {*plan, *([INDEX] if len(plan) > 1 else [])})
     write_json(_diffusers_config(config), folder / CONFIG)
+
+
+def _dtypes(source: Any, names: Iterable[str], dtype: Any) -> Mapping[str, torch.dtype]:
+    """Returns the dtype in which each tensor is written."""
+    if isinstance(dtype, Mapping):
+        return dtype
+    if dtype is not None:
+        return dict.fromkeys(names, dtype)
+    if not isinstance(source, Mapping):
+        raise ValueError("the tensors of a stream are not known before they come: give their dtype")
+    absent = set(names) - set(source)
+    if absent:
+        raise ValueError(f"tensors that were not given: {_some(absent)}")
+    return {name: source[name].dtype for name in names}
 
 
 def checked_source(config: MMDiTConfig, tensors: Mapping[str, Any], origin: str) -> TransformerSource:
@@ -297,34 +305,29 @@ def _check_same(found: MMDiTConfig, wanted: MMDiTConfig, where: str, free: tuple
         )
 
 
-def _plan_files(shapes: Mapping[str, torch.Size], itemsize: int, max_bytes: int) -> dict[str, str]:
-    part, used, parts = 0, 0, {}
-    for name, shape in shapes.items():
-        size = shape.numel() * itemsize
+def _plan_files(
+    tensors: Mapping[str, tuple[torch.Size, torch.dtype]], max_bytes: int
+) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    """Returns the files of a folder, in order, and which tensors each holds."""
+    parts: list[dict[str, tuple[torch.Size, torch.dtype]]] = [{}]
+    used = 0
+    for name, (shape, dtype) in tensors.items():
+        size = shape.numel() * dtype.itemsize
         if used and used + size > max_bytes:
-            part, used = part + 1, 0
+            parts.append({})
+            used = 0
         used += size
-        parts[name] = part
-    if part == 0:
-        return dict.fromkeys(parts, WEIGHTS)
+        parts[-1][name] = (shape, dtype)
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
     stem, suffix = WEIGHTS.rsplit(".", 1)
-    return {name: f"{stem}-{p + 1:05d}-of-{part + 1:05d}.{suffix}" for name, p in parts.items()}
+    return {f"{stem}-{number:05d}-of-{len(parts):05d}.{suffix}": part for number, part in enumerate(parts, 1)}
 
 
 def _diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
     values = asdict(config)
     values |= {"caption_projection_dim": config.inner_dim, "dual_attention_layers": []}
     return {"_class_name": VIDEO_CLASS, **dict(sorted(values.items()))}
-
-
-def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    # Tensors that share memory would be stored once and refused by strict readers.
-    storages = [t.untyped_storage().data_ptr() for t in tensors.values()]
-    if len(set(storages)) < len(storages):
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    save_file(tensors, str(partial), metadata={"format": "pt"})
-    os.replace(partial, path)
 
 
 def _remove_others(folder: Path, written: set[str]) -> None:

@@ -7,6 +7,8 @@ who copy what they read.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StoredTensor:
@@ -124,6 +128,50 @@ class ComputedTensors(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class TensorFile:
+    """A safetensors file written tensor by tensor, in any order; it gets its name when all of them are in it.
+
+    Args:
+        path: the file; until it is whole it is called `path`.partial.
+        tensors: the name, shape and dtype of each tensor.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+        self._path, self._partial = path, path.with_name(f"{path.name}.partial")
+        self._tensors = dict(tensors)
+        self._places: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # The widest dtype first keeps every tensor aligned, as the format's own writer does.
+        for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -item[1][1].itemsize):
+            self._places[name], end = end, end + shape.numel() * dtype.itemsize
+            offsets = [self._places[name], end]
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = open(self._partial, "wb")  # noqa: SIM115  (closed by `close`)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor, which is on the CPU.
+
+        Raises:
+            ValueError: it is of another shape or dtype, unknown, or written before.
+        """
+        if name not in self._places or (tensor.shape, tensor.dtype) != self._tensors[name]:
+            raise ValueError(f'"{name}" {tuple(tensor.shape)} {tensor.dtype} has no place in {self._path.name}')
+        self._file.seek(self._start + self._places.pop(name))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        if not self._places:
+            self.close()
+            os.replace(self._partial, self._path)
+
+    def close(self) -> None:
+        """Ends writing; a file that is not whole keeps its `.partial` name."""
+        self._file.close()
 
 
 def whole(stored: Any, dtype: torch.dtype | None = None) -> Tensor:

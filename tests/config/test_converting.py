@@ -237,7 +237,7 @@ def test_a_checkpoint_of_a_run_that_trains_a_lora(tmp_path: Path) -> None:
     assert bits(kept) == bits({f"transformer.{name}": t for name, t in lora.items()})
 
 
-def test_memory_is_one_output_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = image_model(tmp_path / "sd3", shard="60KB", num_layers=6)
     live, peak, reads = 0, 0, 0
 
@@ -259,7 +259,7 @@ def test_memory_is_one_output_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     total, largest = sum(t.nbytes for t in state.values()), max(t.nbytes for t in state.values())
     assert reads == len(state)
     assert total > 8 * 100_000
-    assert peak <= 100_000 + largest
+    assert peak <= 2 * largest  # the one that is written and the one that is read
     assert live == 0
 
 
