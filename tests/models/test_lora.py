@@ -321,7 +321,9 @@ def test_unmerging_a_merged_folder(dtype: torch.dtype, bits: int, tmp_path: Path
         weight *= 2.0 ** torch.randint(-22, 3, weight.shape).to(dtype)
         weight[0, :8] = 0
     source = source_of(model)
-    write_transformer(((n, t.read()) for n, t in merged(source, lora).tensors.items()), tmp_path, CONFIG, dtype=torch.float32)
+    write_transformer(
+        ((n, t.read()) for n, t in merged(source, lora).tensors.items()), tmp_path, CONFIG, dtype=torch.float32
+    )
     stored = open_transformer(tmp_path)
     back, back_fp32 = unmerged(stored, lora, dtype=torch.float64).tensors, unmerged(stored, lora).tensors
     seen = {"to the bit": 0, "too small": 0}
