@@ -94,6 +94,19 @@ def resolve_weights(path: str, which: str, key: str = "init") -> Weights:
     return Weights(inner, StageManifest(stage, geometry, shift=read_shift(folder)))
 
 
+def check_fingerprint(what: str, found: str, trained: str, key: str) -> None:
+    """Refuses a part that is not the one a model was trained with; an empty `trained` is not known and passes.
+
+    Raises:
+        UserError: they differ.
+    """
+    if trained and found != trained:
+        raise UserError(
+            f"this {what} ({found}) is not the one the model was trained with ({trained})", where=key,
+            remedy="name the folder that the dataset was curated with",
+        )  # fmt: skip
+
+
 def choose_buckets(root: TrainRoot, info: DatasetInfo) -> list[Bucket]:
     """Returns the buckets a stage trains on: `data.buckets`, or those `stage.buckets` describes, smallest first.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contentv.base.errors import UserError
 from contentv.base.log import get_logger
-from contentv.config.inputs import existing_folder
+from contentv.config.inputs import check_fingerprint, existing_folder
 from contentv.config.schema import ConvertConfig
 from contentv.config.sources import Source
 from contentv.models.folders import read_json
@@ -108,7 +108,7 @@ def _check_vae(vae: VideoVAE, source: Source) -> None:
             f"this VAE has {vae.latent_channels} latent channels, the model takes {channels}", where="vae.path",
             remedy="name the VAE that the model was trained on",
         )  # fmt: skip
-    _check_fingerprint("VAE", vae.fingerprint, trained, "vae.path")
+    check_fingerprint("VAE", vae.fingerprint, trained, "vae.path")
 
 
 def _check_text(text: TextStack, source: Source) -> None:
@@ -124,12 +124,4 @@ def _check_text(text: TextStack, source: Source) -> None:
                 f"the {what} of these text encoders are {found} wide, the model takes {needed}", where="text.path",
                 remedy="name the text encoders that the model was trained with",
             )  # fmt: skip
-    _check_fingerprint("text encoder", text.fingerprint, trained, "text.path")
-
-
-def _check_fingerprint(what: str, found: str, trained: str, key: str) -> None:
-    if trained and found != trained:
-        raise UserError(
-            f"this {what} ({found}) is not the one the model was trained with ({trained})", where=key,
-            remedy="name the folder that the dataset was curated with",
-        )  # fmt: skip
+    check_fingerprint("text encoder", text.fingerprint, trained, "text.path")

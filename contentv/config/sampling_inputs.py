@@ -12,7 +12,7 @@ import torch
 
 from contentv.base.errors import UserError
 from contentv.base.types import Bucket
-from contentv.config.inputs import existing_folder
+from contentv.config.inputs import check_fingerprint, existing_folder
 from contentv.config.schema import SampleConfig
 from contentv.config.sources import Source, open_source
 from contentv.models.folders import fingerprint
@@ -75,7 +75,7 @@ class SamplingInputs:
         has_t5 = (self.text_path / T5_FOLDERS[0]).is_dir()
         # Without T5 the CLIP states alone are padded with zeros to the model's width.
         text = TextStack.from_folder(self.text_path, token_width=None if has_t5 else model.joint_attention_dim)
-        _check_fingerprint("text encoder", text.fingerprint, self.trained.text_fingerprint, "text.path")
+        check_fingerprint("text encoder", text.fingerprint, self.trained.text_fingerprint, "text.path")
         for what, ours, theirs in (
             ("tokens", text.token_width, model.joint_attention_dim),
             ("pooled vectors", text.pooled_width, model.pooled_projection_dim),
@@ -102,7 +102,7 @@ def open_inputs(config: SampleConfig) -> SamplingInputs:
     if not shift:
         raise UserError("the shift this checkpoint was trained with is unknown", where="shift", remedy="give shift=")
     vae = VideoVAE.from_folder(vae_path, DTYPES[config.vae_precision])
-    _check_fingerprint("VAE", vae.fingerprint, trained.vae_fingerprint, "vae.path")
+    check_fingerprint("VAE", vae.fingerprint, trained.vae_fingerprint, "vae.path")
     if vae.latent_channels != source.config.in_channels:
         raise UserError(
             f"the VAE's latents have {vae.latent_channels} channels, the model takes {source.config.in_channels}",
@@ -161,14 +161,6 @@ def _part(asked: str, trained: str, beside: Path, sign: Path, key: str) -> Path:
     if sign.is_dir():
         return beside
     raise UserError(f"{key} is not set and not known from the checkpoint", where=key, remedy=f"give {key}=DIR")
-
-
-def _check_fingerprint(what: str, found: str, trained: str, key: str) -> None:
-    if trained and found != trained:
-        raise UserError(
-            f"this {what} ({found}) is not the one the checkpoint was trained with ({trained})", where=key,
-            remedy="name the folder that the dataset was curated with",
-        )  # fmt: skip
 
 
 def _bucket(config: SampleConfig, trained: StageManifest, vae: VideoVAE, patch_size: int) -> Bucket:

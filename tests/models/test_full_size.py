@@ -77,6 +77,12 @@ def use_fused_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RMSNorm, "forward", lambda self, x: FusedRMS.apply(x, self.weight))
 
 
+@pytest.fixture(autouse=True)
+def torch_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own linear: DeepSpeed replaces it, for the rest of the process, once a ZeRO-3 engine has been made."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+
+
 @pytest.fixture(params=[True, False], ids=["fused_norms", "plain_norms"])
 def fused_norms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
