@@ -141,11 +141,12 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def commit() -> str:
-    """Returns the checkout's commit, with "+changes" where tracked files differ from it."""
+    """Returns the checkout's commit, with "+changes" where tracked files other than results differ from it."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     if revision.returncode != 0:
         return "unknown"
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, check=True).stdout
+    status = ["git", "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]
+    changed = subprocess.run(status, cwd=ROOT, capture_output=True, check=True).stdout
     return revision.stdout.strip() + ("+changes" if changed.strip() else "")
 
 
