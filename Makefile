@@ -67,6 +67,7 @@ docs: $(STAMP) ## write docs/keys.md, the tables of docs/model.md and docs/parit
 	$(BIN)/python -m contentv.config.document > docs/keys.md
 	$(BIN)/python -m contentv.config.figures
 	$(BIN)/python benchmarks/parity.py --page-only
+	$(BIN)/python benchmarks/parallel_table.py
 
 fmt: $(STAMP) ## format and fix
 	$(BIN)/ruff check --fix .

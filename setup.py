@@ -28,6 +28,8 @@ setup(
         "accelerate>=1.0",
         "safetensors>=0.5",
         "webdataset>=1.0",
+        "httpx>=0.27",
+        "fsspec[http]>=2024.2",  # datasets behind a URL; small, and already there as torch's own requirement
         "hydra-core>=1.3",
         "jaxtyping>=0.3",
         "numpy>=1.26",
@@ -44,7 +46,8 @@ setup(
         # flash-attn and NVIDIA's apex are built from source in the Dockerfile: the registry's `apex` is something else.
         "gpu": ["triton>=3.0"],
         "npu": ["torch_npu"],
-        "curation": ["ray[default]>=2.30"],
+        "curation": ["pyarrow>=15", "ray>=2.30"],
+        "storage": ["gcsfs>=2024.2", "s3fs>=2024.2"],  # datasets in Google Cloud and S3; large, hence not for everybody
         "wandb": ["wandb>=0.17"],
         "tensorboard": ["tensorboard>=2.15"],
         "dev": [
@@ -53,8 +56,10 @@ setup(
             "import-linter==2.16",
             "mypy==2.4.1",
             "pre-commit==4.7.0",
+            "pyarrow>=15",
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
+            "ray>=2.30",
             "ruff==0.17.5",
             "tensorboard>=2.15",
             "types-PyYAML",

@@ -65,7 +65,9 @@ def held_out_batches(demo: Path, folder: Path, bucket: str) -> tuple[list[Batch]
     )  # fmt: skip
     source = open_dataset(folder / "dataset", global_batch_size=BATCH, micro_batch_size=BATCH, prefetch=0)
     clips = json.loads((folder / "dataset" / "dataset.json").read_text(encoding="utf-8"))["shards"]
-    batches = [next(source)[0] for _ in range(sum(shard["samples"] for shard in clips) // BATCH)]
+    batches = [
+        next(source)[0].to(torch.device("cpu")) for _ in range(sum(shard["samples"] for shard in clips) // BATCH)
+    ]
     laws = {"stage": TimestepConfig(kind="logit_normal", shift=stage["shift"]), "even": TimestepConfig(kind="uniform")}
     return batches, {
         name: FlowMatching(build_sampler(law), seed=HELD_OUT_SEED, null_text=source.null_text, text_dropout=0)

@@ -5,8 +5,8 @@ Letters: latents `b c t h w` on the latent grid, video `b c T H W` in pixels, te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -70,8 +70,9 @@ class Batch:
     """A micro-batch of equally shaped clips.
 
     `latents` are in model space, (raw - mean) / std. `motion` and `visual` are scores in [0, 1], NaN where a clip has
-    none. `sample_index` is the position of each sample in the run's global order (step * global batch + place), the
-    key of all its random draws: it is the same on every layout.
+    none. `sample_index` is the position of each sample in the run's global order (samples of all steps before + place),
+    the key of all its random draws: it is the same on every layout. `global_samples` is the number of clips of the
+    whole optimiser step, over all ranks and micro-batches: the divisor of its loss.
     """
 
     keys: list[str]
@@ -82,15 +83,50 @@ class Batch:
     motion: Float[Tensor, "b"]
     visual: Float[Tensor, "b"]
     sample_index: Int[Tensor, "b"]
+    global_samples: int
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch with its large tensors on `device`; scores and indices stay on the CPU, for the draws."""
+        return replace(self, latents=self.latents.to(device), text=self.text.to(device))
+
+
+@dataclass
+class StoredBatch:
+    """A micro-batch as it was read: latents and text in their stored dtype, latents before mean and std.
+
+    Half the bytes of a `Batch` where the dataset is bf16, in memory and on the way to the device, which does the
+    arithmetic: nothing but `to` makes a `Batch` of it. The fields that have the same names mean the same.
+
+    Attributes:
+        latents_mean: one number a channel, shape (1, c, 1, 1, 1), fp32; likewise latents_std.
+    """
+
+    keys: list[str]
+    captions: list[str]
+    bucket: Bucket
+    latents: Float[Tensor, "b c t h w"]
+    text: TextCond
+    motion: Float[Tensor, "b"]
+    visual: Float[Tensor, "b"]
+    sample_index: Int[Tensor, "b"]
+    global_samples: int
+    latents_mean: Float[Tensor, "1 c 1 1 1"]
+    latents_std: Float[Tensor, "1 c 1 1 1"]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch on `device`, latents in model space, latents and text in fp32."""
+        latents = self.latents.to(device).to(torch.float32)
         return Batch(
-            self.keys, self.captions, self.bucket, self.latents.to(device), self.text.to(device),
-            self.motion, self.visual, self.sample_index,
+            self.keys, self.captions, self.bucket,
+            (latents - self.latents_mean.to(device)) / self.latents_std.to(device),
+            TextCond(self.text.tokens.to(device).float(), self.text.pooled.to(device).float()),
+            self.motion, self.visual, self.sample_index, self.global_samples,
         )  # fmt: skip
 
 
@@ -100,6 +136,22 @@ class ReaderRank:
 
     rank: int = 0
     world: int = 1
+
+
+def _no_one(what: str) -> None:
+    """The barrier of a process that is alone."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes that share one job in parts: this one's rank, how many there are, and how they wait for each other.
+
+    `barrier(what)` returns when every process has called it with the same words, and raises where one of them failed.
+    """
+
+    rank: int = 0
+    world: int = 1
+    barrier: Callable[[str], None] = _no_one
 
 
 @dataclass
@@ -142,6 +194,13 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class BatchSource(Stateful, Protocol):
-    """An endless, resumable stream of optimiser steps: each item is this rank's micro-batches of one global batch."""
+    """A resumable stream of optimiser steps: each item is this rank's micro-batches of one global batch.
 
-    def __iter__(self) -> Iterator[list[Batch]]: ...
+    It is endless unless every source has a budget of epochs; it then ends on all ranks at the same step.
+    `quarantined` is the number of damaged samples met here.
+    """
+
+    @property
+    def quarantined(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[StoredBatch]]: ...

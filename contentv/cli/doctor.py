@@ -68,7 +68,7 @@ def facts() -> dict[str, Any]:
         "optional": {name: _importable(module) for name, (module, _) in OPTIONAL.items()},
         "kernels": {
             op: contentv_kernels.available(op, types[0], torch.float32 if types[0] == "cpu" else torch.bfloat16)
-            for op in ("attention", "modulated_layer_norm")
+            for op in ("attention", "attention_part", "modulated_layer_norm")
         },
         "ffmpeg_codecs": _has_h264(),
     }

@@ -19,4 +19,6 @@ def help_text(command: str, summary: str) -> str:
         shown = '""' if default == "" else str(default)
         lines.append(f"  {key} ({shown}): {field.metadata.get('help', '')}".rstrip(": "))
     lines += ["", f"contentv {command} --cfg key=value ... prints the resolved configuration and stops."]
+    if command == "curate":
+        lines.append("contentv curate --scorers lists what clips are scored by.")
     return "\n".join(lines) + "\n"

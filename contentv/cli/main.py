@@ -25,10 +25,12 @@ COMMANDS = {
     "demo": "the whole product on this machine: MP4 files -> shards -> four stages -> sampled videos -> report",
     "synth": "write procedural captioned video clips with ground truth",
     "curate": "video and image files with captions -> scenes -> scores -> latents -> shards",
+    "index": "make missing indexes of a dataset, take in others' shards, check every byte",
     "train": "run one stage of training",
     "pipeline": "run the stages one after another; run again, it goes on where it stopped",
     "sample": "prompts -> videos",
     "convert": "weights of SD3, SD3.5, ContentV or a run -> a folder that diffusers and the published pipeline read",
+    "plan": "memory per device, speed, days and cost of a stage on a cluster, before it is launched",
     "report": "one HTML page about a run, a dataset or a demo",
     "doctor": "what this machine has and what is missing",
 }
@@ -78,6 +80,11 @@ def _run(command: str, arguments: list[str]) -> int:
         from contentv.cli.help import help_text
 
         sys.stdout.write(help_text(command, COMMANDS[command]))
+        return EXIT_OK
+    if command == "curate" and "--scorers" in arguments:
+        from contentv.cli.scorers import print_scorers
+
+        print_scorers([a for a in arguments if a != "--scorers"])
         return EXIT_OK
     show = "--cfg" in arguments
     overrides = [a for a in arguments if a not in ("--cfg", "job")]

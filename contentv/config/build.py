@@ -14,12 +14,20 @@ from contentv.base import device as devices
 from contentv.base.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR, StoppedBySignalError, UserError
 from contentv.base.lock import lock_folder
 from contentv.base.log import get_logger, is_main_process
-from contentv.base.types import Batch, Bucket, Objective, TextCond, TokenCounts
+from contentv.base.types import Bucket, Objective, TextCond, TokenCounts
 from contentv.config.graph import config_hash
-from contentv.config.inputs import Weights, check_data_fits, choose_buckets, clip_fps, existing_folder, resolve_weights
+from contentv.config.inputs import (
+    Weights,
+    check_data_fits,
+    choose_buckets,
+    clip_fps,
+    existing_folder,
+    open_data,
+    resolve_weights,
+)
 from contentv.config.schema import TrainRoot
 from contentv.config.starting import lora_facts, model_of_shapes, open_weights, starting_values
-from contentv.data import DatasetInfo, DatasetSource, open_dataset
+from contentv.data import DatasetSource, JoinedDatasets, open_dataset
 from contentv.diffusion.samplers import LogitNormal
 from contentv.diffusion.timesteps import build_sampler
 from contentv.diffusion.tqd import TQD
@@ -35,7 +43,7 @@ from contentv.objectives.flow import FlowMatching
 from contentv.objectives.reward import RewardConfig, RewardObjective
 from contentv.parallel.collectives import barrier, start, stop
 from contentv.parallel.mesh import Mesh, build_mesh
-from contentv.train.loop import Progress, run
+from contentv.train.loop import LoopConfig, Progress, run
 from contentv.train.manifest import MANIFEST, StageManifest, check_predecessor
 from contentv.train.metrics import JsonlSink, MetricSink, Recorder, TensorBoardSink, WandbSink
 from contentv.train.pipeline import write_status
@@ -46,7 +54,7 @@ class Plan:
     """A checked stage: nothing has been built or written yet."""
 
     root: TrainRoot
-    info: DatasetInfo
+    info: JoinedDatasets
     buckets: list[Bucket]
     weights: Weights
     manifest: StageManifest  # what this stage will have produced
@@ -58,9 +66,8 @@ def plan_stage(root: TrainRoot) -> Plan:
     Raises:
         UserError: something is missing or does not fit.
     """
-    dataset = existing_folder(root.data.path, "data.path", "a dataset made by `contentv curate`")
-    info = DatasetInfo.load(dataset)
-    check_data_fits(root.model, info, root.data.path)
+    info = open_data(root)
+    check_data_fits(root.model, info)
     buckets = choose_buckets(root, info)
     weights = resolve_weights(root.init, root.init_weights)
     manifest = StageManifest(
@@ -103,6 +110,12 @@ def _absolute(path: str) -> str:
 def micro_batch_size(root: TrainRoot, dp: int, tokens: int) -> int:
     """Returns the clips per forward on a rank: as asked, or the most that `train.max_tokens` allows.
 
+    Where `train.global_tokens` makes a bucket's steps larger by a whole factor, its forwards are larger by it too.
+
+    Args:
+        dp: data-parallel degree.
+        tokens: video tokens of a clip times that factor, of the bucket with the most.
+
     Raises:
         UserError: the global batch does not divide by the data-parallel degree and the micro-batch.
     """
@@ -125,7 +138,19 @@ def micro_batch_size(root: TrainRoot, dp: int, tokens: int) -> int:
     return max(size for size in range(1, local + 1) if local % size == 0 and size <= most)
 
 
-def token_counts(root: TrainRoot, info: DatasetInfo, bucket: Bucket) -> TokenCounts:
+def batch_multiples(config: LoopConfig, tokens: dict[str, int]) -> dict[str, int]:
+    """Returns for each bucket how many times `global_batch_size` clips its steps take: what `global_tokens` allows.
+
+    Args:
+        tokens: bucket -> video tokens of a clip.
+    """
+    return {
+        name: max(1, config.global_tokens // (config.global_batch_size * count)) if config.global_tokens else 1
+        for name, count in tokens.items()
+    }
+
+
+def token_counts(root: TrainRoot, info: JoinedDatasets, bucket: Bucket) -> TokenCounts:
     """Returns the numbers of video and text tokens of a clip of a bucket."""
     _, t, h, w = info.latent_shape(bucket.name)
     patch = root.model.patch_size
@@ -158,7 +183,7 @@ def build_objective(plan: Plan, null_text: TextCond, mesh: Mesh, device: torch.d
     return RewardObjective(vae, reward, reference, config, root.train.seed, flow, null_text)
 
 
-def build_source(plan: Plan, mesh: Mesh, micro: int) -> DatasetSource:
+def build_source(plan: Plan, mesh: Mesh, micro: int, multiples: dict[str, int]) -> DatasetSource:
     """Returns the resumable stream of this rank's micro-batches."""
     root = plan.root
     return open_dataset(
@@ -169,8 +194,14 @@ def build_source(plan: Plan, mesh: Mesh, micro: int) -> DatasetSource:
         seed=root.train.seed,
         buckets=[bucket.name for bucket in plan.buckets],
         bucket_weights=root.data.bucket_weights or None,
+        batch_multiples=multiples,
+        image_ratio=root.data.image_ratio,
+        source_weights=root.data.source_weights,
+        source_max_epochs=root.data.source_max_epochs,
         keep_probability=TQD(LogitNormal()).keep_probability if root.data.quality_dropout else None,
         prefetch=root.data.prefetch,
+        workers=root.data.workers,
+        storage=root.data,
         quality_mode=root.data.quality_mode,
         max_bad_samples=root.data.max_bad_samples,
         max_bad_fraction=root.data.max_bad_fraction,
@@ -201,7 +232,7 @@ def run_stage(root: TrainRoot) -> None:
     try:
         plan = plan_stage(root)
         if (out / MANIFEST).is_file() and root.train.resume != "none" and _finished(plan, out):
-            get_logger().info("nothing to do: %s is done (%d steps)", out, root.train.max_steps)
+            get_logger().info("nothing to do: %s is done (%d steps)", out, StageManifest.read(out).steps)
         else:
             if is_main_process():
                 out.mkdir(parents=True, exist_ok=True)
@@ -240,14 +271,15 @@ def _train(plan: Plan, out: Path) -> None:
     torch.manual_seed(root.train.seed)
     rank, world = start(device)
     mesh = build_mesh(root.parallel, world, rank, heads=root.model.num_attention_heads)
-    largest = max(plan.buckets, key=lambda bucket: token_counts(root, plan.info, bucket).video)
-    micro = micro_batch_size(root, mesh.dp, token_counts(root, plan.info, largest).video)
+    clip_tokens = {bucket.name: token_counts(root, plan.info, bucket).video for bucket in plan.buckets}
+    multiples = batch_multiples(root.train, clip_tokens)
+    micro = micro_batch_size(root, mesh.dp, max(clip_tokens[name] * multiples[name] for name in clip_tokens))
     if is_main_process():
         _open_folder(plan, out)
     accumulation = root.train.global_batch_size // (mesh.dp * micro)
     get_logger().info(
-        "%s: %s, dp %d x sp %d x tp %d on %s, ZeRO-%d, %s, micro-batch %d x %d accumulated",
-        root.stage.name, ", ".join(b.name for b in plan.buckets), mesh.dp, mesh.sp, mesh.tp, device,
+        "%s: %s, %s on %s, ZeRO-%d, %s, micro-batch %d x %d accumulated",
+        root.stage.name, ", ".join(b.name for b in plan.buckets), mesh.describe(), device,
         root.parallel.zero_stage, root.train.precision, micro, accumulation,
     )  # fmt: skip
     resumed = _checkpoint(root, out, rank, device)
@@ -256,7 +288,7 @@ def _train(plan: Plan, out: Path) -> None:
         micro_batch_size=micro, accumulation_steps=accumulation, max_steps=root.train.max_steps, device=device,
         weights=starting_values(root, open_weights(root, plan.weights)), load_follows=resumed is not None,
     )  # fmt: skip
-    source = build_source(plan, mesh, micro)
+    source = build_source(plan, mesh, micro, multiples)
     objective = build_objective(plan, source.null_text.to(device), mesh, device)
     progress = Progress() if resumed is None else _resume(plan, resumed, engine, source)
     recorder = Recorder(
@@ -271,22 +303,22 @@ def _train(plan: Plan, out: Path) -> None:
                  "lora": plan.manifest.lora}  # fmt: skip
         engine.save(folder, extra, keep=root.train.keep_checkpoints)
 
-    def tokens(batch: Batch) -> int:
-        return token_counts(root, plan.info, batch.bucket).video
+    def tokens(bucket: Bucket) -> int:
+        return clip_tokens[bucket.name]
 
-    def flops(batch: Batch) -> int:
+    def flops(bucket: Bucket) -> int:
         passes = 3 if root.lora.rank == 0 else 2  # frozen weights have no gradients to compute
-        return passes * flops_per_forward(root.model, token_counts(root, plan.info, batch.bucket))
+        return passes * flops_per_forward(root.model, token_counts(root, plan.info, bucket))
 
     try:
-        run(
+        ended = run(
             engine, source, objective, root.train, recorder, progress=progress, save=save, tokens_per_clip=tokens,
             flops_per_clip=flops, peak_flops=devices.peak_flops(device) * world, stage=root.stage.name,
         )  # fmt: skip
     finally:
         recorder.close()
         source.close()
-    export(engine, plan, out)
+    export(engine, replace(plan, manifest=replace(plan.manifest, steps=ended.step)), out)
 
 
 def _open_folder(plan: Plan, out: Path) -> None:

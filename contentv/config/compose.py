@@ -50,7 +50,8 @@ def config_dir() -> Path:
 
 def groups(command: str) -> dict[str, list[str]]:
     """Returns the choices of every group of a command, such as {"model": ["contentv_8b", "small", "tiny"]}."""
-    names = {"train": ("model", "stage", "timestep", "parallel", "optim", "reward"), "pipeline": ("pipeline",)}
+    names = {"train": ("model", "stage", "timestep", "parallel", "optim", "reward"), "pipeline": ("pipeline",),
+             "plan": ("cluster", "model", "stage", "optim", "reward")}  # fmt: skip
     found = {g: sorted(p.stem for p in (config_dir() / g).glob("*.yaml")) for g in names.get(command, ())}
     return {group: choices for group, choices in found.items() if choices}
 
@@ -101,7 +102,7 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
         _check_override(command, item)
     renamed = _renamed(command)
     split = [item.partition("=") for item in overrides]
-    overrides = [f"{renamed.get(key, key)}={value}" for key, _, value in split]
+    overrides = [f"{_opened(command, key)}{renamed.get(key, key)}={value}" for key, _, value in split]
     _register()
     GlobalHydra.instance().clear()
     yaml = config_dir() / f"{command}.yaml"
@@ -147,12 +148,18 @@ def _check_override(command: str, item: str) -> None:
                 remedy=f"use one of: {', '.join(choices[key])}",
             )  # fmt: skip
         return
-    if any(key.startswith(f"{k}.") for k in known if k.endswith(("_weights",))):
+    if _opened(command, key):
         return
     alias = ALIASES.get(key.rpartition(".")[2])
     hint = f'did you mean "{alias}"?' if alias in {*known, *choices} else nearest(key, [*known, *choices])
     remedy = hint or f"`contentv {command} --help` lists the keys"
     raise UserError(f'unknown key "{key}"', where=f"contentv {command}", remedy=remedy)
+
+
+def _opened(command: str, key: str) -> str:
+    """Returns what Hydra wants before a key that lies in a mapping: there the names are the user's own."""
+    mappings = [known for known, _, default in keys(ROOTS[command]) if isinstance(default, dict)]
+    return "++" if any(key == known or key.startswith(f"{known}.") for known in mappings) else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`; all else of the page 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -92,13 +93,17 @@ def memory_table() -> str:
 TABLES = {"weights": weights_table, "operations": operations_table, "memory": memory_table}
 
 
-def filled(text: str) -> str:
-    """Returns the page with its tables made anew.
+def filled(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
+    """Returns a page with its tables made anew.
+
+    Args:
+        text: the page.
+        tables: what makes each of its tables, by the name in its `<!-- NAME -->`.
 
     Raises:
         ValueError: a table has no place in the page.
     """
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
         if found is None:
             raise ValueError(f"the page has no place for the table <!-- {name} -->")

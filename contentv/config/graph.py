@@ -16,6 +16,9 @@ from contentv.train.pipeline import StageRun, local_launcher
 # Keys that change where or how a run is shown, not what it computes.
 NOT_HASHED = ("out", "init", "logger", "wandb", "device")
 NOT_HASHED_LOOP = ("resume", "log_every", "checkpoint_every", "keep_checkpoints")
+NOT_HASHED_DATA = ("workers", "cache_dir", "cache_bytes", "retries", "retry_s", "timeout_s")
+# Keys that came later: left at their defaults, a run has the digest that it had before there were any.
+HASHED_IF_SET = {"train": ("global_tokens",), "data": ("image_ratio", "source_weights", "source_max_epochs")}
 
 
 def config_hash(root: TrainRoot) -> str:
@@ -23,7 +26,14 @@ def config_hash(root: TrainRoot) -> str:
     values = {key: value for key, value in asdict(root).items() if key not in NOT_HASHED}
     if root.lora.rank == 0:  # a run of the whole model has the digest that it had before there were LoRAs
         del values["lora"]
-    values["train"] = {key: value for key, value in values["train"].items() if key not in NOT_HASHED_LOOP}
+    if root.parallel.ring == 1:  # the same for runs without a ring
+        del values["parallel"]["ring"]
+    for group, left_out in (("train", NOT_HASHED_LOOP), ("data", NOT_HASHED_DATA)):
+        values[group] = {
+            key: value
+            for key, value in values[group].items()
+            if key not in left_out and (value or key not in HASHED_IF_SET[group])
+        }
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

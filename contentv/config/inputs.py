@@ -10,7 +10,7 @@ from pathlib import Path
 from contentv.base.errors import UserError
 from contentv.base.types import Bucket
 from contentv.config.schema import TrainRoot
-from contentv.data import DatasetInfo, read_metas
+from contentv.data import JoinedDatasets, is_url, read_metas
 from contentv.models.io import read_config
 from contentv.models.mmdit import MMDiTConfig
 from contentv.models.pipeline_folder import read_shift
@@ -107,7 +107,20 @@ def check_fingerprint(what: str, found: str, trained: str, key: str) -> None:
         )  # fmt: skip
 
 
-def choose_buckets(root: TrainRoot, info: DatasetInfo) -> list[Bucket]:
+def open_data(root: TrainRoot) -> JoinedDatasets:
+    """Returns the dataset or datasets that `data.path` names.
+
+    Raises:
+        UserError: there is none, or several do not fit together.
+    """
+    paths = root.data.path if isinstance(root.data.path, list) else [root.data.path]
+    for path in paths:
+        if not is_url(path) and not str(path).startswith("file://"):
+            existing_folder(path, "data.path", "a dataset made by `contentv curate`")
+    return JoinedDatasets.load(paths, root.data)
+
+
+def choose_buckets(root: TrainRoot, info: JoinedDatasets) -> list[Bucket]:
     """Returns the buckets a stage trains on: `data.buckets`, or those `stage.buckets` describes, smallest first.
 
     Raises:
@@ -142,13 +155,14 @@ def choose_buckets(root: TrainRoot, info: DatasetInfo) -> list[Bucket]:
     return chosen
 
 
-def clip_fps(info: DatasetInfo) -> float:
-    """Returns the frame rate of the dataset's first video clip (0 when there is none among the first thousand)."""
-    first = itertools.islice(read_metas(info.path), 1000)
+def clip_fps(joined: JoinedDatasets) -> float:
+    """Returns the frame rate of the first video clip (0 when a dataset has none among its first thousand)."""
+    video = [name for name in joined.bucket_samples if Bucket.parse(name).frames > 1]
+    first = (meta for info in joined.infos for meta in itertools.islice(read_metas(info, video), 1000))
     return next((float(meta["fps"]) for meta in first if meta.get("kind") == "video"), 0.0)
 
 
-def check_data_fits(model: MMDiTConfig, info: DatasetInfo, path: str) -> None:
+def check_data_fits(model: MMDiTConfig, info: JoinedDatasets) -> None:
     """Refuses a dataset whose latents or text embeddings do not have the model's widths.
 
     Raises:
@@ -161,6 +175,6 @@ def check_data_fits(model: MMDiTConfig, info: DatasetInfo, path: str) -> None:
     ):
         if ours != theirs:
             raise UserError(
-                f"the dataset's {what} is {theirs}, the model's is {ours}", where=f"data.path={path}",
+                f"the dataset's {what} is {theirs}, the model's is {ours}", where=f"data.path={info.url}",
                 remedy=f"use the model= this dataset was made for ({key}={theirs}), or curate again",
             )  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from contentv.base.errors import UserError
+from contentv.config.planning.options import ClusterConfig, LayoutWish, PlanConfig, PlannedTraining
 from contentv.curation.curate import CurateConfig
 from contentv.curation.synth import SynthConfig
 from contentv.data import DataConfig
@@ -254,6 +255,39 @@ class ReportConfig:
     """`contentv report`: one HTML page about a run, a dataset or a demo."""
 
     path: str = doc("", "run folder, dataset folder or demo folder")
+    global_batch_size: int = doc(32, "of a dataset: clips of an optimiser step, for the steps in an epoch; 1 or more")
+    timestep: TimestepConfig = field(
+        default_factory=lambda: TimestepConfig(kind="tqd"),
+        metadata={"help": "of a dataset: the noise levels it is shown with; kind stays tqd"},
+    )
+
+    def __post_init__(self) -> None:
+        require(self.global_batch_size >= 1, "global_batch_size", self.global_batch_size, "use 1 or more")
+        require(self.timestep.kind == "tqd", "timestep.kind", self.timestep.kind, "use tqd, over timestep.base")
+
+
+@dataclass
+class IndexConfig:
+    """`contentv index`: a dataset's indexes put in order."""
+
+    path: str = doc("", "dataset folder; a URL with verify=true")
+    adopt: bool = doc(False, "take in tars below shards/<bucket>/ that dataset.json does not list, all samples checked")
+    refit: bool = doc(False, "fit quality.json again to the raw scores in the shards")
+    verify: bool = doc(False, "read every byte and list what is wrong; exit code 2 if anything is")
+
+
+@dataclass
+class PlanRoot(PlanConfig):
+    """`contentv plan`: what a stage takes on a cluster, before it is launched."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    model: MMDiTConfig = field(default_factory=MMDiTConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    parallel: LayoutWish = field(default_factory=LayoutWish)
+    train: PlannedTraining = field(default_factory=PlannedTraining)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 @dataclass
@@ -271,6 +305,8 @@ ROOTS: dict[str, type] = {
     "curate": CurateRoot,
     "synth": SynthRoot,
     "demo": DemoConfig,
+    "index": IndexConfig,
+    "plan": PlanRoot,
     "report": ReportConfig,
     "doctor": DoctorConfig,
 }

@@ -1,21 +1,34 @@
 """Captions beside media files: NAME.txt or NAME.json.
 
-NAME.txt holds one line for the whole file, or one line a scene in order. NAME.json holds {"caption": "..."} or
-{"scenes": [{"caption": "...", "start_s": 0.0, "end_s": 2.5}, ...]}; where scenes have times, a scene found in the file
-takes the caption it shares most time with, otherwise their order counts.
+NAME.txt holds one line for the whole file, or one line a scene in order. NAME.json holds {"caption": "..."} (or another
+of `CAPTION_NAMES`) or {"scenes": [{"caption": "...", "start_s": 0.0, "end_s": 2.5}, ...]}; where scenes have times, a
+scene found in the file takes the caption it shares most time with, otherwise their order counts.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 MAX_SIDECAR_BYTES = 1 << 20
+MAX_CAPTION_CHARS = 1 << 15
+CAPTION_NAMES = ("caption", "cap", "text", "prompt")  # what other tools call it; the first that is there counts
 
 
 class CaptionError(Exception):
-    """No caption can be told for a clip; the message says why."""
+    """No caption can be told for a clip; the message says why.
+
+    Args:
+        reason: for people.
+        rule: `no_caption`: there is none, a captioner may write one; `bad_caption`: there is one that cannot be used;
+            `captioner`: the captioner failed.
+    """
+
+    def __init__(self, reason: str, rule: str = "no_caption") -> None:
+        self.rule = rule
+        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Captions:
                 raise CaptionError(f"no caption for {start_s:.2f} to {end_s:.2f} s")
             return _filled(self.scenes[best].text)
         if len(self.scenes) != scenes:
-            raise CaptionError(f"{len(self.scenes)} captions for {scenes} scenes")
+            raise CaptionError(f"{len(self.scenes)} captions for {scenes} scenes", "bad_caption")
         return _filled(self.scenes[scene].text)
 
 
@@ -70,7 +83,7 @@ def parse_captions(text: bytes | None, record: bytes | None) -> Captions:
         CaptionError: there is no caption, or the sidecar cannot be read.
     """
     if text is not None:
-        lines = [line.strip() for line in _decoded(text, "txt").splitlines()]
+        lines = [checked_caption(line, empty=True) for line in _decoded(text, "txt").splitlines()]
         while lines and not lines[-1]:
             lines.pop()
         if lines:
@@ -82,30 +95,71 @@ def parse_captions(text: bytes | None, record: bytes | None) -> Captions:
     raise CaptionError("no caption (NAME.txt or NAME.json beside the file)")
 
 
-def _from_record(record: bytes) -> Captions | None:
+def checked_caption(text: object, *, empty: bool = False) -> str:
+    """Returns a caption without blanks around it.
+
+    Args:
+        text: what stands where a caption should be.
+        empty: whether it may be empty.
+
+    Raises:
+        CaptionError: it is no text, no Unicode, too long, or empty.
+    """
+    if not isinstance(text, str):
+        raise CaptionError(f"the caption is not text but {type(text).__name__}", "bad_caption")
+    if len(text) > MAX_CAPTION_CHARS:
+        raise CaptionError(f"the caption has {len(text)} characters, more than {MAX_CAPTION_CHARS}", "bad_caption")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise CaptionError("the caption is not UTF-8", "bad_caption")
+    return text.strip() if empty else _filled(text.strip())
+
+
+def caption_in(record: Mapping[str, Any], names: Sequence[str] = CAPTION_NAMES) -> str | None:
+    """Returns the caption in a record under the first of the names that is there and not null or empty.
+
+    Raises:
+        CaptionError: what is there cannot be used.
+    """
+    for name in names:
+        if record.get(name) not in (None, ""):
+            return checked_caption(record[name], empty=True) or None
+    return None
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """Returns the JSON object in a sidecar.
+
+    Raises:
+        CaptionError: it is too large, not UTF-8, or no JSON object.
+    """
     try:
-        content = json.loads(_decoded(record, "json"))
+        content = json.loads(_decoded(data, "json"))
     except (ValueError, RecursionError) as error:
-        raise CaptionError(f"the caption file is not JSON ({error})") from error
+        raise CaptionError(f"the caption file is not JSON ({error})", "bad_caption") from error
     if not isinstance(content, dict):
-        raise CaptionError("the caption file holds no JSON object")
+        raise CaptionError("the caption file holds no JSON object", "bad_caption")
+    return content
+
+
+def _from_record(record: bytes) -> Captions | None:
+    content = parse_record(record)
     scenes = content.get("scenes")
     if isinstance(scenes, list) and scenes and all(isinstance(s, dict) and "caption" in s for s in scenes):
         return Captions(tuple(_scene(s) for s in scenes), for_all=False)
-    caption = content.get("caption")
-    return Captions((SceneCaption(caption.strip()),), for_all=True) if isinstance(caption, str) else None
+    caption = caption_in(content)
+    return None if caption is None else Captions((SceneCaption(caption),), for_all=True)
 
 
 def _scene(scene: dict[str, Any]) -> SceneCaption:
-    if not isinstance(scene["caption"], str):
-        raise CaptionError("a scene's caption is not text")
-    start_s, end_s = _seconds(scene.get("start_s")), _seconds(scene.get("end_s"))
+    caption = checked_caption(scene["caption"], empty=True)
+    start_s, end_s = seconds(scene.get("start_s")), seconds(scene.get("end_s"))
     if start_s is None or end_s is None:
-        return SceneCaption(scene["caption"].strip())
-    return SceneCaption(scene["caption"].strip(), start_s, end_s)
+        return SceneCaption(caption)
+    return SceneCaption(caption, start_s, end_s)
 
 
-def _seconds(value: object) -> float | None:
+def seconds(value: object) -> float | None:
+    """Returns a JSON number as a time, None if it is no number or absurd."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
     return float(value) if is_number else None  # type: ignore[arg-type]
 
@@ -116,11 +170,11 @@ def _overlap(scene: SceneCaption, start_s: float, end_s: float) -> float:
 
 def _decoded(data: bytes, kind: str) -> str:
     if len(data) > MAX_SIDECAR_BYTES:
-        raise CaptionError(f"the caption file (.{kind}) has {len(data)} bytes")
+        raise CaptionError(f"the caption file (.{kind}) has more than {MAX_SIDECAR_BYTES} bytes", "bad_caption")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CaptionError(f"the caption file (.{kind}) is not UTF-8 ({error})") from error
+        raise CaptionError(f"the caption file (.{kind}) is not UTF-8 ({error})", "bad_caption") from error
 
 
 def _filled(text: str) -> str:

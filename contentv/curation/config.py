@@ -7,10 +7,17 @@ from typing import Any
 
 from contentv.base.errors import UserError, nearest
 from contentv.base.types import Bucket
+from contentv.curation.captioner import CaptionerConfig
 from contentv.curation.filters import FilterConfig
+from contentv.curation.manifests import ManifestConfig
+from contentv.curation.near_duplicates import DedupConfig
 from contentv.curation.scenes import DETECTORS
+from contentv.curation.scoring.config import ScoringConfig
+from contentv.curation.workers import EXECUTORS
 
 PRECISIONS = ("bf16", "fp32")
+ASPECTS = ("nearest", "every")
+FRAMES = ("every", "longest")
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -26,21 +33,33 @@ class CurateConfig:
     output: str = _doc("", "folder of the dataset; rejects.jsonl there lists what was left out and why")
     buckets: list[str] = field(
         default_factory=lambda: ["f1_h432_w768", "f125_h432_w768"],
-        metadata={"help": "shapes to make, f<frames>_h<height>_w<width> in pixels; a clip goes to every one it fills"},
+        metadata={"help": "shapes to make, f<frames>_h<height>_w<width> in pixels; see aspect and frames"},
     )
+    aspect: str = _doc("nearest", "nearest | every: of the buckets of equal frames and like area that it fills, a clip "
+                                  "goes to the one nearest in aspect ratio, or to every one")  # fmt: skip
+    frames: str = _doc("every", "every | longest: a video clip goes to every number of frames it fills, or to the "
+                                "largest of them; single frames are images_from_video's")  # fmt: skip
     min_clip_s: float = _doc(3.0, "shortest clip in seconds; shorter scenes are left out; 0 or more")
     max_clip_s: float = _doc(6.0, "longest clip in seconds; longer scenes give several clips; at least min_clip_s")
     fps: float | None = _doc(None, "frames per second the clips are sampled at; null = each video's own")
-    scene_detector: str = _doc("content", "content | adaptive | none: how cuts are found")
+    scene_detector: str = _doc("adaptive", "content | adaptive | none: how cuts are found")
     scene_threshold: float | None = _doc(None, "of the detector, lower = more cuts; null = content 27, adaptive 3")
+    manifest: ManifestConfig = field(default_factory=ManifestConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     allow_upscale: bool = _doc(False, "let sources smaller than a bucket be enlarged to it")
     max_crop: float | None = _doc(None, "largest share of the picture that a bucket may crop away, 0..1; null = any")
     images_from_video: bool = _doc(True, "buckets of one frame also take the middle frame of each clip")
-    dedup: bool = _doc(True, "leave out files with the same bytes as an earlier one")
     keep_media: bool = _doc(False, "store the cropped clip itself (mp4, jpg) beside its latents")
     precision: str = _doc("bf16", "bf16 | fp32: of the stored latents and text vectors")
-    workers: int = _doc(1, "processes that decode and score; 1 or more")
+    executor: str = _doc("local", "local | ray: where workers run, on this machine or on a Ray cluster")
+    ray_address: str = _doc("", "address of the Ray cluster; empty = the one this machine belongs to")
+    workers: int = _doc(1, "processes that decode and score, of each rank; 1 or more")
+    chunk_size: int = _doc(64, "inputs (files, tars) that are finished together: shards end with their chunk, and a "
+                               "kill costs the chunks under way; 1 or more")  # fmt: skip
+    restart: bool = _doc(False, "throw away an unfinished run into the same output and begin it again")
     batch_size: int = _doc(8, "most clips in one call of the VAE; 1 or more")
     max_batch_pixels: int = _doc(1 << 26, "most pixels (frames x height x width x clips) in one call of the VAE, if "
                                           "more than one clip")  # fmt: skip
@@ -67,7 +86,10 @@ class CurateConfig:
                  "use a positive number, or null")  # fmt: skip
         _require(self.max_crop is None or 0 <= self.max_crop <= 1, "max_crop", self.max_crop, "use 0..1, or null")
         _choice("precision", self.precision, PRECISIONS)
-        for name in ("workers", "batch_size", "max_batch_pixels"):
+        _choice("aspect", self.aspect, ASPECTS)
+        _choice("frames", self.frames, FRAMES)
+        _choice("executor", self.executor, EXECUTORS)
+        for name in ("workers", "chunk_size", "batch_size", "max_batch_pixels"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
 
 

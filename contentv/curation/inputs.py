@@ -1,158 +1,185 @@
-"""What is curated: video and image files below a folder, and those inside WebDataset tars there.
+"""What is curated: the units of the input, and the media files in each.
 
-Tars are read in place, by position; nothing is unpacked to disk and links inside are not followed.
+A unit is a file, a tar, or some rows of a manifest. Units are names, so that a plan can be kept on disk and gone on
+with. Links are followed, each folder is read once, and what cannot be used becomes an error in its place.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Protocol, runtime_checkable
 
 from contentv.base.errors import UserError
-from contentv.curation.captions import MAX_SIDECAR_BYTES
-from contentv.curation.video_io import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError, MediaFile
+from contentv.base.log import get_logger
+from contentv.curation import cosmos
+from contentv.curation.manifest_rows import MANIFEST_SUFFIXES
+from contentv.curation.manifests import ManifestConfig, ManifestInputs
+from contentv.curation.media import DEFAULT_SOURCE, MEDIA_SUFFIXES, Extent, MediaItem, shown, source_of
+from contentv.curation.tars import tar_items
+from contentv.curation.video_io import DecodeError
 
-MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
-DEFAULT_SOURCE = "default"
+__all__ = ["DEFAULT_SOURCE", "Extent", "InputSettings", "Inputs", "MediaItem", "open_inputs"]
+
+PACKED_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+METADATA_FILES = tuple(f"metadata{suffix}" for suffix in MANIFEST_SUFFIXES)  # as Hugging Face's folders have them
 
 
-@dataclass(frozen=True)
-class Extent:
-    """Where a tar's member lies."""
+@runtime_checkable
+class InputSettings(Protocol):
+    """The part of the configuration that inputs need."""
 
-    offset: int
-    size: int
+    input: str
+    manifest: ManifestConfig
 
 
-@dataclass(frozen=True)
-class MediaItem:
-    """One media file, on disk or in a tar.
-
-    `name` is its path below the input folder (for a member: tar/member), with forward slashes.
-    """
-
-    name: str
-    path: str
-    source: str
-    extent: Extent | None = None  # None: the whole file
-    txt: Extent | None = None  # of a member's sidecars; those of a file lie beside it
-    json: Extent | None = None
+@runtime_checkable
+class Inputs(Protocol):
+    """The input, listed."""
 
     @property
-    def is_image(self) -> bool:
-        """Whether this is a still."""
-        return PurePosixPath(self.name).suffix.lower() in IMAGE_SUFFIXES
+    def units(self) -> list[str]:
+        """Names of the units, sorted, without repeats."""
 
-    def open(self) -> MediaFile:
-        """Returns the media's bytes as a seekable file.
-
-        Raises:
-            DecodeError: the file is not there or cannot be read.
-        """
-        try:
-            if self.extent is None:
-                return open(self.path, "rb")
-            return io.BytesIO(_read(self.path, self.extent))
-        except OSError as error:
-            raise DecodeError(self.name, f"cannot be read ({error.strerror or error})") from error
-
-    def sidecar(self, kind: str) -> bytes | None:
-        """Returns the content of the `txt` or `json` beside the media, None if there is none.
-
-        Raises:
-            DecodeError: it is there and cannot be read.
-        """
-        try:
-            if self.extent is not None:
-                extent = self.txt if kind == "txt" else self.json
-                return None if extent is None else _read(self.path, extent, MAX_SIDECAR_BYTES + 1)
-            with open(Path(self.path).with_suffix(f".{kind}"), "rb") as file:
-                return file.read(MAX_SIDECAR_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DecodeError(self.name, f"its .{kind} cannot be read ({error.strerror or error})") from error
+    def items(self, unit: str) -> Iterator[MediaItem | DecodeError]:
+        """Yields the media of a unit in a fixed order; what cannot be used as an error."""
 
 
-def list_files(folder: str | Path, leave_out: str | Path | None = None) -> list[str]:
-    """Returns the paths below `folder`, with forward slashes and sorted, of media files and tars.
+def open_inputs(config: InputSettings, leave_out: str | Path | None = None) -> Inputs:
+    """Returns the input of a configuration, listed.
 
     Args:
-        folder: the input.
+        config: `input` is a folder or a manifest; `manifest` says how it is laid out.
         leave_out: a folder that is not looked into, such as the output.
 
     Raises:
-        UserError: there is no such folder, or there are no such files in it.
+        UserError: there is no such folder or manifest, or there is nothing in it.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f'"{folder}" is not a folder', where="input", remedy="name a folder of video and image files")
-    hidden = None if leave_out is None else Path(leave_out).resolve()
-    found: list[str] = []
-    for place, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".") and (Path(place) / f).resolve() != hidden]
-        wanted = (f for f in files if not f.startswith(".") and Path(f).suffix.lower() in (*MEDIA_SUFFIXES, ".tar"))
-        found.extend((Path(place) / file).relative_to(root).as_posix() for file in wanted)
-    if not found:
-        raise UserError(
-            "there are no video or image files",
-            where=f"input={folder}",
-            remedy=f"put files ending in {', '.join(MEDIA_SUFFIXES)} there, each with a caption in NAME.txt, "
-            "or WebDataset tars of them",
-        )
-    return sorted(found)
+    path, layout = Path(config.input), config.manifest.layout
+    if path.is_dir():
+        metadata = [path / name for name in METADATA_FILES if (path / name).is_file()]
+        if layout == "auto" and metadata:
+            get_logger().info(f"{metadata[0]} names the files (manifest.layout=files would take the folder as it is)")
+            return ManifestInputs(metadata[0], config.manifest)
+        return FolderInputs(path, config.manifest, leave_out)
+    if path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file():
+        return ManifestInputs(path, config.manifest)
+    kinds = ", ".join(MANIFEST_SUFFIXES)
+    raise UserError(
+        f'"{config.input}" is neither a folder nor a manifest ({kinds})', where="input",
+        remedy="name a folder of video and image files, or a manifest that is there",
+    )  # fmt: skip
 
 
-def list_items(folder: str | Path, names: Iterable[str]) -> Iterator[MediaItem | DecodeError]:
-    """Yields the media files of `names` (see `list_files`), tars member by member; an error for a damaged tar."""
-    for name in names:
-        path = str(Path(folder) / name)
-        if name.lower().endswith(".tar"):
-            yield from _tar_items(name, path)
+class FolderInputs:
+    """A folder as inputs: each media file and each tar is a unit.
+
+    Args:
+        root: the folder.
+        config: its layout.
+        leave_out: a folder that is not looked into.
+
+    Attributes:
+        units: paths below the folder, with forward slashes, sorted.
+
+    Raises:
+        UserError: there is nothing in it, or not what the layout asks for.
+    """
+
+    def __init__(self, root: Path, config: ManifestConfig, leave_out: str | Path | None = None) -> None:
+        self._root, self._config = root, config
+        found = _walk(root, None if leave_out is None else Path(leave_out))
+        self._paths = {shown(path): path for path in found}
+        self._problems = {shown(path): reason for path, reason in found.items() if reason}
+        self._layout = _layout(root, list(self._paths), config.layout)
+        names = list(self._paths)
+        if self._layout == "cosmos":
+            names = cosmos.unit_names(names)
+        elif self._layout == "webdataset":
+            names = [name for name in names if name.lower().endswith(PACKED_SUFFIXES)]
+        if not names:
+            raise UserError(
+                "there are no video or image files", where=f"input={root}",
+                remedy=f"put files ending in {', '.join(MEDIA_SUFFIXES)} there, each with a caption in NAME.txt, or "
+                f"WebDataset tars of them; or name a manifest (manifest.layout={config.layout})",
+            )  # fmt: skip
+        self.units = sorted(names)
+
+    def items(self, unit: str) -> Iterator[MediaItem | DecodeError]:
+        """Yields the media of a file or tar; what is wrong with it as an error."""
+        if unit in self._problems:
+            yield DecodeError(unit, self._problems[unit])
+        elif self._layout == "cosmos":
+            yield from cosmos.cosmos_items(self._root, unit)
+        elif unit.lower().endswith(PACKED_SUFFIXES):
+            yield from tar_items(unit, self._path(unit), source_of(unit), self._config.score_columns)
         else:
-            yield MediaItem(name, path, source_of(name))
+            yield MediaItem(unit, self._path(unit), source_of(unit))
+
+    def _path(self, unit: str) -> str:
+        return str(self._root / self._paths.get(unit, unit))
 
 
-def source_of(name: str) -> str:
-    """Returns the name of the first sub-folder in a path below the input, or "default"."""
-    folders = PurePosixPath(name).parts[:-1]
-    return folders[0] if folders else DEFAULT_SOURCE
+def _layout(root: Path, names: list[str], asked: str) -> str:
+    if asked != "auto":
+        return asked
+    if cosmos.is_split(root) or any(cosmos.is_shard(name) for name in names):
+        get_logger().info(f"{root}: read as cosmos-curate's output (manifest.layout=files would read all files alike)")
+        return "cosmos"
+    return "files"
 
 
-def _tar_items(name: str, path: str) -> Iterator[MediaItem | DecodeError]:
-    samples: dict[str, dict[str, tuple[str, Extent]]] = {}
-    damage: DecodeError | None = None
+def _walk(root: Path, leave_out: Path | None) -> dict[str, str]:
+    """Returns {path below the root: what is wrong with it, or ""} of media files and tars.
+
+    Real folders are read first and links to folders afterwards, so that a file's name does not depend on a link.
+    """
+    found: dict[str, str] = {}
+    seen = set() if leave_out is None or not leave_out.exists() else {_identity(leave_out)}
+    folders, links = [""], list[str]()
+    while folders or links:
+        if folders:
+            place = folders.pop()
+        else:
+            links.sort(reverse=True)
+            place = links.pop()
+        try:
+            identity = _identity(root / place)
+            if identity in seen:
+                if not (leave_out is not None and identity == _identity(leave_out)):
+                    found[place] = "a link to a folder that is read already"
+                continue
+            seen.add(identity)
+            with os.scandir(root / place) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            found[place] = f"the folder cannot be read ({error.strerror or error})"
+            continue
+        for entry in listed:
+            if not entry.name.startswith("."):
+                _sort_in(entry, place, found, folders, links)
+    return found
+
+
+def _sort_in(entry: os.DirEntry[str], place: str, found: dict[str, str], folders: list[str], links: list[str]) -> None:
+    path = f"{place}/{entry.name}" if place else entry.name
+    is_media = PurePosixPath(entry.name).suffix.lower() in MEDIA_SUFFIXES
+    if _is_folder(entry):
+        (links if entry.is_symlink() else folders).append(path)
+        if is_media:
+            found[path] = "a folder, no file"
+    elif is_media or entry.name.lower().endswith(PACKED_SUFFIXES):
+        found[path] = ""
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, file = member.name.rpartition("/")
-                key, dot, suffix = file.partition(".")
-                if member.isreg() and dot and not member.sparse:
-                    extent = Extent(member.offset_data, member.size)
-                    samples.setdefault(f"{folder}/{key}", {})[f".{suffix.lower()}"] = (member.name, extent)
-    except (tarfile.TarError, OSError) as error:
-        damage = DecodeError(name, f"the tar is damaged ({error})")
-    for members in samples.values():
-        for suffix in MEDIA_SUFFIXES:
-            if suffix in members:
-                member_name, extent = members[suffix]
-                yield MediaItem(
-                    f"{name}/{member_name}", path, source_of(name), extent,
-                    txt=members.get(".txt", (None, None))[1], json=members.get(".json", (None, None))[1],
-                )  # fmt: skip
-    if damage is not None:
-        yield damage
+        return entry.is_dir()
+    except OSError:  # a link to itself, say; opening it will tell
+        return False
 
 
-def _read(path: str, extent: Extent, limit: int | None = None) -> bytes:
-    size = extent.size if limit is None else min(extent.size, limit)
-    with open(path, "rb") as file:
-        file.seek(extent.offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise OSError(f"the tar ends within the member at byte {extent.offset}")
-    return data
+def _identity(folder: Path) -> tuple[int, int]:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino

@@ -7,6 +7,7 @@ depend on (seed, clip index) alone.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -47,6 +48,12 @@ class SynthConfig:
     variants: dict[str, float] = field(
         default_factory=_default_variants, metadata={"help": f"weight of each variant: {', '.join(VARIANTS)}"}
     )
+    blur_max: float = field(
+        default=0.0, metadata={"help": "each scene is blurred by a sigma drawn from 0 to this, in frame sides, 0..0.1"}
+    )
+    slowest: float = field(
+        default=1.0, metadata={"help": "each object's speed is multiplied by a number drawn from this to 1, above 0..1"}
+    )
     crf: int = field(default=14, metadata={"help": "H.264 quality, 0 (lossless) .. 51"})
 
     def __post_init__(self) -> None:
@@ -59,6 +66,8 @@ class SynthConfig:
         _check(self.scene_frames >= 2, "scene_frames", self.scene_frames, "2 or more")
         _check(0.0 <= self.joined_share <= 1.0, "joined_share", self.joined_share, "0..1")
         _check(0.0 <= self.pan_share <= 1.0, "pan_share", self.pan_share, "0..1")
+        _check(0.0 <= self.blur_max <= 0.1, "blur_max", self.blur_max, "0..0.1")
+        _check(0.0 < self.slowest <= 1.0, "slowest", self.slowest, "more than 0, at most 1")
         _check(0 <= self.crf <= 51, "crf", self.crf, "0..51")
         unknown = sorted(set(self.variants) - set(VARIANTS))
         _check(not unknown, "variants", ", ".join(unknown), f"names among {', '.join(VARIANTS)}")
@@ -87,6 +96,7 @@ class Scene:
 def sample_scenes(config: SynthConfig, index: int) -> list[Scene]:
     """Returns the scenes of clip `index`; they depend on (config, index) alone."""
     rng = np.random.default_rng([config.seed, index, 1])
+    more = np.random.default_rng([config.seed, index, 3])  # of its own, so that older draws stay as they are
     names = sorted(config.variants)
     weights = np.array([config.variants[name] for name in names], np.float64)
     count = int(rng.integers(2, 4)) if rng.random() < config.joined_share else 1
@@ -97,6 +107,8 @@ def sample_scenes(config: SynthConfig, index: int) -> list[Scene]:
         spec = sample_spec(rng, variant=variant, pan_share=config.pan_share, clip_frames=frames)
         if scenes and scenes[-1].spec.shade == spec.shade:
             continue  # a cut between two equal backdrops would hardly be one
+        blur, pace = float(more.uniform(0.0, config.blur_max)), float(more.uniform(config.slowest, 1.0))
+        spec = dataclasses.replace(spec, blur=blur, displacement=spec.displacement * pace)
         scenes.append(Scene(spec, frames))
     return scenes
 
@@ -116,7 +128,8 @@ def truth_of(scenes: list[Scene], fps: int, size: int) -> dict[str, Any]:
             {
                 "caption": caption_of(spec), "shape": spec.shape, "colour": spec.colour, "direction": spec.direction,
                 "shade": spec.shade, "variant": spec.variant, "speed": round(spec.displacement / 16, 5),
-                "radius": round(spec.radius, 4), "pan": [round(value, 5) for value in spec.pan],
+                "radius": round(spec.radius, 4), "blur": round(spec.blur, 5),
+                "pan": [round(value, 5) for value in spec.pan],
                 "start_frame": first, "num_frames": scene.frames,
             }
         )  # fmt: skip

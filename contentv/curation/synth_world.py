@@ -41,7 +41,8 @@ class ClipSpec:
     """One scene: what is in it and how it moves.
 
     Lengths are fractions of the frame's side. `displacement` is how far the object goes in `WINDOW_FRAMES` frames
-    (0 when it stands still), `pan` the background's shift per frame, `spin` the object's turn per frame in radians.
+    (0 when it stands still), `pan` the background's shift per frame, `spin` the object's turn per frame in radians,
+    `blur` the deviation of a Gaussian blur of the whole picture, besides that of the variant.
     """
 
     shape: str
@@ -56,6 +57,7 @@ class ClipSpec:
     variant: str
     template: int
     seed: int
+    blur: float = 0.0
 
     @property
     def is_still(self) -> bool:
@@ -202,7 +204,10 @@ def _paint(picture: Plane, spec: ClipSpec, centre: tuple[float, float], angle: f
 
 
 def _degrade(pictures: Plane, spec: ClipSpec, rng: np.random.Generator) -> Frames:
-    """Applies the variant's picture fault and rounds to uint8."""
+    """Applies the spec's blur and the variant's picture fault and rounds to uint8."""
+    if spec.blur > 0:
+        sigma = pictures.shape[1] * spec.blur
+        pictures = np.stack([cv2.GaussianBlur(picture, (0, 0), sigma) for picture in pictures])
     if spec.variant == "blurred":
         sigma = pictures.shape[1] * float(rng.uniform(0.02, 0.035))
         pictures = np.stack([cv2.GaussianBlur(picture, (0, 0), sigma) for picture in pictures])

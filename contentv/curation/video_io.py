@@ -10,6 +10,8 @@ import contextlib
 import io
 import itertools
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,18 +21,24 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from contentv.base.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 1 << 26  # of one frame; larger ones are a mistake or an attack on the memory
+MAX_ASPECT = 10  # longer side over shorter; what is narrower is a strip, no picture
+MAX_FRAMES = 1 << 22  # of one file, two days at 24 fps: a small file may claim to have billions
 CRF = 16  # x264's quality: no loss that one can see
 MediaFile = io.BytesIO | io.BufferedReader
 Frames = UInt8[np.ndarray, "T H W 3"]
+# Pillow's parsers trust lengths and tags that a damaged file gets wrong.
+_IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
+                 struct.error, zlib.error)  # fmt: skip
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
@@ -40,12 +48,17 @@ class DecodeError(Exception):
     Args:
         file: its path or name.
         reason: what is wrong with it, for people.
+        rule: the same for programs: `unreadable`, `no_file`, `picture_size`, `bad_row` (of a manifest), `bad_caption`.
     """
 
-    def __init__(self, file: str, reason: str) -> None:
+    def __init__(self, file: str, reason: str, rule: str = "unreadable") -> None:
         self.file = file
         self.reason = reason
+        self.rule = rule
         super().__init__(f"{file}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (DecodeError, (self.file, self.reason, self.rule))  # workers send it to another process
 
 
 @dataclass(frozen=True)
@@ -122,12 +135,15 @@ class OpenVideo:
         aspect = float(self.stream.sample_aspect_ratio or 1)
         aspect = aspect if 0.1 < aspect < 10 else 1.0
         reformatter = VideoReformatter()
+        pieces = 0
         with self._errors():
             for packet in self.container.demux(self.stream):
                 self.packets += packet.size > 0
+                pieces += 1
+                if pieces > MAX_FRAMES:
+                    raise DecodeError(self.name, f"more than {MAX_FRAMES} frames", "too_long")
                 for frame in packet.decode():
-                    if frame.width * frame.height > MAX_PIXELS:
-                        raise DecodeError(self.name, f"frames of {frame.width} x {frame.height} pixels are too large")
+                    require_picture_size(self.name, frame.height, max(1, round(frame.width * aspect)))
                     yield Picture(frame, aspect, reformatter)
 
     @contextlib.contextmanager
@@ -152,14 +168,19 @@ def open_video(source: MediaFile, name: str, threads: int = 1) -> Iterator[OpenV
     """
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
     try:
-        container = av.open(source, container_options=options)
+        container = av.open(source, container_options=options, metadata_errors="replace")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise DecodeError(name, f"not a video ({_words(error)})") from error
     with container:
-        if not container.streams.video:
-            raise DecodeError(name, "there is no video stream in the file")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = threads
+        # Songs have their cover as a video stream of one picture.
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams or streams[0].codec_context is None:
+            raise DecodeError(name, "there is no video stream in the file that can be decoded")
+        stream = streams[0]
+        context = stream.codec_context
+        require_picture_size(name, context.height or 1, context.width or 1, pixels_only=True)
+        context.thread_count = threads
+        context.options = {"max_pixels": str(MAX_PIXELS)}  # the stream may turn out larger than its header says
         yield OpenVideo(name, container, stream)
 
 
@@ -204,14 +225,29 @@ def read_image(source: MediaFile, name: str) -> UInt8[np.ndarray, "H W 3"]:
     """
     try:
         with Image.open(source, formats=("JPEG", "PNG", "WEBP")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DecodeError(name, f"an image of {image.width} x {image.height} pixels is too large")
+            require_picture_size(name, image.height, image.width)
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright.convert("RGBA"))
             return np.array(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DecodeError(name, f"not an image, or damaged ({error})") from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError(name, f"an image that is too large ({error})", "picture_size") from error
+    except _IMAGE_ERRORS as error:
+        told = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise DecodeError(name, f"not an image, or damaged ({told})") from error
+
+
+def require_picture_size(name: str, height: int, width: int, *, pixels_only: bool = False) -> None:
+    """Passes over pictures of a usable size.
+
+    Raises:
+        DecodeError: more than `MAX_PIXELS` pixels, or one side more than `MAX_ASPECT` times the other.
+    """
+    if height * width > MAX_PIXELS:
+        raise DecodeError(name, f"a picture of {width} x {height} pixels is too large", "picture_size")
+    if not pixels_only and max(height, width) > MAX_ASPECT * min(height, width):
+        reason = f"a picture of {width} x {height} pixels is too narrow (its sides may differ by {MAX_ASPECT} times)"
+        raise DecodeError(name, reason, "picture_size")
 
 
 def encode_mp4_bytes(frames: Frames | Iterator[Frames], fps: float | int, crf: int = CRF) -> bytes:

@@ -4,6 +4,7 @@ one is a finished dataset, and everything a shard contains is checked against it
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -21,11 +22,13 @@ from safetensors.torch import save as save_safetensors
 from contentv.base.errors import UserError
 from contentv.base.types import Bucket, TextCond
 from contentv.data.files import to_json, write_atomic
+from contentv.data.storage import Storage, StorageConfig, open_storage
 
 DATASET_VERSION = 1
 DATASET_FILE = "dataset.json"
 QUALITY_FILE = "quality.json"
 NULL_TEXT_FILE = "null_text.safetensors"
+TABLE_FILE = "samples.safetensors"
 SHARDS_FOLDER = "shards"
 _SHARD_NAME = re.compile(r"(f\d+_h\d+_w\d+)/[A-Za-z0-9_\-]+\.tar", re.ASCII)
 
@@ -101,16 +104,60 @@ class ShardInfo:
         """The name of the shard's bucket."""
         return self.name.split("/")[0]
 
+    @property
+    def file(self) -> str:
+        """The tar's name inside the dataset."""
+        return f"{SHARDS_FOLDER}/{self.name}"
+
+    @property
+    def index_file(self) -> str:
+        """Its index's name inside the dataset: `000000.index.json` beside `000000.tar`."""
+        return f"{SHARDS_FOLDER}/{self.name.removesuffix('.tar')}.index.json"
+
+
+@dataclass
+class TableInfo:
+    """The table of all samples (`contentv.data.table`): its file, its rows, and each column's checksum."""
+
+    file: str
+    samples: int
+    xxh128: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.file != TABLE_FILE or not isinstance(self.samples, int) or not isinstance(self.xxh128, dict):
+            raise ValueError(f"the record of the table of samples is not that of {TABLE_FILE}")
+
 
 @dataclass
 class DatasetInfo:
-    """The content of dataset.json; `path` is the dataset's folder."""
+    """The content of dataset.json; `root` is the dataset's folder, or the storage that reads it."""
 
-    path: Path
+    root: Path | Storage
     vae: VaeInfo
     text: TextInfo
     sources: dict[str, int] = field(default_factory=dict)  # name -> samples
     shards: list[ShardInfo] = field(default_factory=list)
+    table: TableInfo | None = None  # of datasets made by an earlier version there is none
+
+    @functools.cached_property
+    def storage(self) -> Storage:
+        """What the dataset's files are read with."""
+        return open_storage(self.root) if isinstance(self.root, Path) else self.root
+
+    @property
+    def path(self) -> Path:
+        """The dataset's folder.
+
+        Raises:
+            UserError: it is not on this machine, so it can be read and not be changed.
+        """
+        local = self.storage.local
+        if local is None:
+            raise UserError(
+                "this needs the dataset in a folder of this machine", where=self.storage.url,
+                remedy="copy it here, or run the command where it lies",
+            )  # fmt: skip
+        return local
 
     @property
     def bucket_samples(self) -> dict[str, int]:
@@ -133,8 +180,8 @@ class DatasetInfo:
         return str(xxhash.xxh128_hexdigest(lines.encode()))
 
     def shard_path(self, shard: ShardInfo) -> Path:
-        """Returns where a shard's tar lies."""
-        return self.path / SHARDS_FOLDER / shard.name
+        """Returns where a shard's tar lies on this machine."""
+        return self.path / shard.file
 
     def latent_shape(self, bucket: str) -> tuple[int, int, int, int]:
         """Returns (c, t, h, w) of a bucket's latents."""
@@ -152,7 +199,8 @@ class DatasetInfo:
                 name: {"samples": counts[name], "latent_shape": list(self.latent_shape(name))}
                 for name in sorted(counts)
             },
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [vars(shard) for shard in self.shards],
+            **({} if self.table is None else {"table": asdict(self.table)}),
             "totals": {
                 "samples": self.samples,
                 "shards": len(self.shards),
@@ -165,38 +213,44 @@ class DatasetInfo:
         write_atomic(self.path / DATASET_FILE, to_json(self.to_dict()))
 
     @classmethod
-    def load(cls, path: str | Path) -> DatasetInfo:
-        """Returns the record of the dataset in folder `path`.
+    def load(cls, path: str | Path, config: StorageConfig | None = None) -> DatasetInfo:
+        """Returns the record of the dataset in a folder or at a URL.
+
+        Args:
+            config: how its files are fetched and kept.
 
         Raises:
-            UserError: there is no dataset.json, its version is another, or its numbers contradict each other.
+            UserError: there is no dataset.json, its version is another, its numbers contradict each other, or its
+                source does not answer.
         """
-        folder = Path(path)
-        record = read_record(folder / DATASET_FILE, "a dataset", "check data.path, or let `contentv curate` finish")
+        storage = open_storage(path, config)
+        where = f"{storage.url}/{DATASET_FILE}"
+        record = read_record(storage, DATASET_FILE, "a dataset", "check data.path, or let `contentv curate` finish")
         if record.get("version") != DATASET_VERSION:
             raise UserError(
                 f"dataset version {record.get('version')!r} is not the supported {DATASET_VERSION}",
-                where=str(folder / DATASET_FILE),
+                where=where,
                 remedy="install a contentv that reads this version, or curate the dataset again",
             )
         try:
-            return cls._from_record(folder, record)
+            return cls._from_record(storage, record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"dataset.json is not valid ({type(error).__name__}: {error})",
-                where=str(folder / DATASET_FILE),
+                where=where,
                 remedy="restore it from a copy, or curate the dataset again",
             ) from error
 
     @classmethod
-    def _from_record(cls, folder: Path, record: Mapping[str, Any]) -> DatasetInfo:
+    def _from_record(cls, storage: Storage, record: Mapping[str, Any]) -> DatasetInfo:
         vae: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record["vae"].items()}
         info = cls(
-            folder,
+            storage,
             VaeInfo(**vae),
             TextInfo(**record["text"]),
             {name: int(source["samples"]) for name, source in record["sources"].items()},
             [ShardInfo(**shard) for shard in record["shards"]],
+            TableInfo(**record["table"]) if "table" in record else None,
         )
         counts = info.bucket_samples
         listed = {name: bucket for name, bucket in record["buckets"].items() if bucket["samples"]}
@@ -207,25 +261,27 @@ class DatasetInfo:
                 raise ValueError(f"the latent shape of {name} does not follow from the VAE's factors")
         if len({shard.name for shard in info.shards}) != len(info.shards):
             raise ValueError("a shard is listed twice")
+        if info.table is not None and info.table.samples != info.samples:
+            raise ValueError("the table of samples has another number of rows than the shards have samples")
         return info
 
 
-def read_record(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """Returns a JSON object from a file.
+def read_record(storage: Storage, name: str, what: str, remedy: str) -> dict[str, Any]:
+    """Returns a JSON object from a file of a dataset.
 
     Raises:
         UserError: the file is missing or is not a JSON object.
     """
+    where = f"{storage.url}/{name}"
+    data = storage.read_all(name)
+    if data is None:
+        raise UserError(f"{storage.url} is not {what}: it has no {name}", where=where, remedy=remedy)
     try:
-        record = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{path.parent} is not {what}: it has no {path.name}", where=str(path), remedy=remedy
-        ) from error
+        record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} is not valid JSON ({error})", where=str(path), remedy=remedy) from error
+        raise UserError(f"{name} is not valid JSON ({error})", where=where, remedy=remedy) from error
     if not isinstance(record, dict):
-        raise UserError(f"{path.name} is not a JSON object", where=str(path), remedy=remedy)
+        raise UserError(f"{name} is not a JSON object", where=where, remedy=remedy)
     return record
 
 
@@ -253,26 +309,27 @@ def null_text_bytes(null_text: TextCond, text: TextInfo) -> bytes:
     )
 
 
-def read_null_text(info: DatasetInfo) -> TextCond:
-    """Returns the encoded empty caption, one fp32 row.
+def read_null_text(info: DatasetInfo, stored: bool = False) -> TextCond:
+    """Returns the encoded empty caption, one row, in fp32 or as it is stored.
 
     Raises:
         UserError: the file is missing, damaged or of another shape.
     """
-    path = info.path / NULL_TEXT_FILE
+    where = f"{info.storage.url}/{NULL_TEXT_FILE}"
     text = info.text
     shapes: dict[str, Sequence[int]] = {
         "text_tokens": [text.num_tokens, text.token_width],
         "text_pooled": [text.pooled_width],
     }
     try:
-        tensors = load_safetensors(path.read_bytes())
+        tensors = load_safetensors(bytes(info.storage.read_all(NULL_TEXT_FILE) or b""))
         if {name: list(tensor.shape) for name, tensor in tensors.items()} != shapes:
-            raise UserError("its shapes are not those of dataset.json", where=str(path), remedy="curate again")
+            raise UserError("its shapes are not those of dataset.json", where=where, remedy="curate again")
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the encoded empty caption cannot be read ({error})",
-            where=str(path),
+            where=where,
             remedy="restore the file from a copy, or curate the dataset again",
         ) from error
-    return TextCond(tensors["text_tokens"].to(torch.float32)[None], tensors["text_pooled"].to(torch.float32)[None])
+    rows = TextCond(tensors["text_tokens"][None], tensors["text_pooled"][None])
+    return rows if stored else rows.to(torch.device("cpu"), torch.float32)

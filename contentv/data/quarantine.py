@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 from contentv.base.errors import UserError
@@ -11,7 +12,7 @@ from contentv.base.log import get_logger
 
 
 class Quarantine:
-    """The damaged samples met so far.
+    """The damaged samples met so far, by any thread.
 
     Args:
         path: a JSON-lines file that gets {"shard", "key", "reason"} of each, once; None keeps no file.
@@ -26,6 +27,12 @@ class Quarantine:
         self._max_samples = max_samples
         self._max_fraction = max_fraction
         self._written = _entries(self._path)
+        self._lock = threading.Lock()
+
+    def count_read(self) -> None:
+        """Counts one more sample that was asked for."""
+        with self._lock:
+            self.reads += 1
 
     def add(self, shard: str, key: str, reason: str) -> None:
         """Records one damaged sample.
@@ -33,16 +40,18 @@ class Quarantine:
         Raises:
             UserError: there are now more damaged samples than tolerated.
         """
-        self.count += 1
-        if (shard, key) not in self._written:
-            self._written.add((shard, key))
-            get_logger().warning(f"quarantined {key} of {shard}: {reason}")
-            if self._path is not None:
-                _append(self._path, {"shard": shard, "key": key, "reason": reason})
-        if self.count > max(self._max_samples, self._max_fraction * self.reads):
+        with self._lock:
+            self.count += 1
+            count, reads = self.count, self.reads
+            if (shard, key) not in self._written:
+                self._written.add((shard, key))
+                get_logger().warning(f"quarantined {key} of {shard}: {reason}")
+                if self._path is not None:
+                    _append(self._path, {"shard": shard, "key": key, "reason": reason})
+        if count > max(self._max_samples, self._max_fraction * reads):
             listed = f"; all are listed in {self._path}" if self._path is not None else ""
             raise UserError(
-                f"{self.count} of {self.reads} samples read are damaged, the last one {key}: {reason}",
+                f"{count} of {reads} samples read are damaged, the last one {key}: {reason}",
                 where=shard,
                 remedy="restore the damaged shards from a copy or remove them from the dataset, "
                 f"or raise data.max_bad_samples and data.max_bad_fraction{listed}",

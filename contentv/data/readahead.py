@@ -1,15 +1,61 @@
-"""A thread that prepares the next items while the current one is used."""
+"""Threads that read: some at once, and one that prepares the next items while the current one is used."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _POLL_S = 0.1
+
+
+class Threads:
+    """Threads that run one function for many numbers.
+
+    Args:
+        count: at least 1.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix="contentv-read")
+
+    def each(self, function: Callable[[int], T], count: int) -> Iterator[tuple[int, T]]:
+        """Yields (i, the function's result) for every i below `count`, as soon as it is there.
+
+        Raises:
+            Exception: what the function has raised for the smallest i, after all threads have come to rest.
+        """
+        done: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def run(places: range) -> None:
+            for i in places:
+                try:
+                    done.put((i, function(i), None))
+                except BaseException as error:  # handed to the consumer, whatever it is
+                    done.put((i, None, error))
+
+        futures = [self._executor.submit(run, range(first, count, self.count)) for first in range(self.count)]
+        failures: dict[int, BaseException] = {}
+        try:
+            for _ in range(count):
+                i, result, error = done.get()
+                if error is None:
+                    yield i, result  # type: ignore[misc]
+                else:
+                    failures[i] = error
+        finally:
+            wait(futures)
+        if failures:
+            raise failures[min(failures)]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 class ReadAhead(Generic[T]):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import weakref
+import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 from webdataset import TarWriter
 
 from contentv.base.errors import UserError
-from contentv.base.log import get_logger
+from contentv.data.batch_rows import BatchRows
 from contentv.data.dataset import DatasetInfo, ShardInfo
-from contentv.data.files import disk_errors, pread_exactly, sync_folder, write_atomic
+from contentv.data.entries import Entries, load_entries
+from contentv.data.files import disk_errors, sync_folder, write_atomic
 from contentv.data.index import (
     BLOCK_BYTES,
     MAX_META_BYTES,
@@ -24,11 +24,12 @@ from contentv.data.index import (
     IndexEntry,
     Member,
     ShardIndex,
-    scan_tar,
 )
 from contentv.data.sample import BadSampleError, SampleShapes, StoredSample, decode_meta, decode_tensors
+from contentv.data.storage import Buffer, missing_file
 
 OWNER = "contentv"
+MAX_GAP_BYTES = 1 << 14  # read along rather than asked for apart
 MAX_KEY_LENGTH = 80  # KEY.safetensors must fit the 100 characters of a tar header's name
 
 
@@ -116,157 +117,238 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+class Fetched(NamedTuple):
+    """A sample whose tensors lie in a row of a batch: its reader, what the index says, and what lay before them."""
+
+    reader: ShardReader
+    entry: IndexEntry
+    head: bytearray
+
+
 class ShardReader:
-    """Random access to the samples of one shard.
+    """Random access to the samples of one shard; any thread may read.
+
+    Args:
+        info: the dataset's record.
+        shard: the shard's.
+        shapes: of its bucket; shared by the readers of a bucket, they know the headers that were met.
 
     Raises:
         DamagedShardError: the shard has no sound index and its bytes are not those dataset.json promises.
-        UserError: the tar is missing.
+        UserError: the tar is missing, or its source is gone.
     """
 
-    def __init__(self, info: DatasetInfo, shard: ShardInfo) -> None:
+    def __init__(self, info: DatasetInfo, shard: ShardInfo, shapes: SampleShapes | None = None) -> None:
         self.shard = shard
-        path = info.shard_path(shard)
-        self._shapes = SampleShapes.of(info.latent_shape(shard.bucket), info.text)
+        self.entries: Entries = load_entries(info, shard)
+        self._shapes = shapes or SampleShapes.of(info.latent_shape(shard.bucket), info.text)
         self._sources = info.sources
-        self.entries = read_index(path, shard).entries
+        self._storage = info.storage
+        self._file = shard.file
+
+    def entry(self, position: int) -> IndexEntry:
+        """Returns what the index says of sample number `position`.
+
+        Raises:
+            BadSampleError: its line cannot be right.
+        """
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise missing_shard(path) from error
-        self._close = weakref.finalize(self, os.close, self._descriptor)
+            return self.entries[position]
+        except DamagedShardError as error:
+            raise BadSampleError(str(error)) from error
+
+    def key(self, position: int) -> str:
+        """Returns the key of sample number `position`, or its place in the shard where the index does not tell."""
+        try:
+            return self.entries[position].key
+        except DamagedShardError:
+            return f"*{position}"
 
     def read(self, position: int) -> StoredSample:
-        """Returns sample number `position`.
+        """Returns sample number `position`; its tensors lie in the one buffer that was read.
 
         Raises:
             BadSampleError: a member is cut short, altered, or not what the dataset promises.
+            UserError: the tar is missing, or its source is gone.
         """
-        meta = self.meta(position)
-        entry = self.entries[position]
-        scores = (meta["source"], _as_float(meta["visual_raw"]), _as_float(meta["motion_raw"]))
-        if scores != (entry.source, entry.visual_raw, entry.motion_raw):
-            raise BadSampleError("KEY.json and the index disagree on source or scores")
-        data = self._member(entry.members["safetensors"], self._shapes.max_bytes)
-        return StoredSample(meta, **decode_tensors(data, self._shapes))
+        entry = self.entry(position)
+        meta_member, tensors_member = entry.members["json"], entry.members["safetensors"]
+        _require_size(meta_member, MAX_META_BYTES)
+        _require_size(tensors_member, self._shapes.max_bytes)
+        begin = min(meta_member.offset, tensors_member.offset)
+        end = max(meta_member.offset + meta_member.size, tensors_member.offset + tensors_member.size)
+        if end - begin <= meta_member.size + tensors_member.size + MAX_GAP_BYTES:  # close together: one request
+            data = self._read(begin, end, (meta_member, tensors_member))
+            meta = self._meta(_payload(data, begin, meta_member), entry)
+        else:
+            meta = self._meta(self._member(meta_member), entry)
+            begin = tensors_member.offset
+            data = self._read(begin, begin + tensors_member.size, (tensors_member,))
+        tensors = decode_tensors(_payload(data, begin, tensors_member), self._shapes)
+        return StoredSample(meta, tensors["latents"], tensors["text_tokens"], tensors["text_pooled"])
+
+    def fetch_into(self, position: int, rows: BatchRows, row: int) -> Fetched | None:
+        """Reads sample number `position` into a row of `rows` and returns what `accept` needs; nothing is checked yet.
+
+        Returns None where the sample lies otherwise, is of another size or is cut short: `read` tells which.
+
+        Raises:
+            BadSampleError: the index cannot be right.
+            UserError: the tar is missing, or its source is gone.
+        """
+        entry = self.entry(position)
+        meta, tensors = entry.members["json"], entry.members["safetensors"]
+        gap = tensors.offset - meta.offset - meta.size
+        if tensors.size != rows.member_bytes or not 0 <= gap <= MAX_GAP_BYTES or meta.size > MAX_META_BYTES:
+            return None
+        head = bytearray(meta.size + gap + len(rows.prefix))
+        wanted = len(head) + tensors.size - len(rows.prefix)
+        count = self._storage.read_into(self._file, meta.offset, [head, *rows.parts(row)])
+        return Fetched(self, entry, head) if count == wanted else None
+
+    def accept(self, fetched: Fetched, rows: BatchRows, row: int) -> dict[str, Any] | None:
+        """Returns the description of a sample that was fetched into a row; None if it is not sound: `read` tells why.
+
+        Raises:
+            BadSampleError: the description cannot be right.
+        """
+        meta, head = fetched.entry.members["json"], fetched.head
+        described = memoryview(head)[: meta.size]
+        if (
+            xxhash.xxh128_hexdigest(described) != meta.xxh128
+            or not head.endswith(rows.prefix)
+            or not rows.is_sound(row, fetched.entry.members["safetensors"].xxh128)
+        ):
+            return None
+        return self._meta(described, fetched.entry)
 
     def meta(self, position: int) -> dict[str, Any]:
         """Returns KEY.json of sample number `position`, checked."""
-        entry = self.entries[position]
-        meta = decode_meta(self._member(entry.members["json"], MAX_META_BYTES), entry.key)
-        if meta["source"] not in self._sources:
-            raise BadSampleError(f"source {meta['source']!r} is not in dataset.json")
+        entry = self.entry(position)
+        _require_size(entry.members["json"], MAX_META_BYTES)
+        return self._meta(self._member(entry.members["json"]), entry)
+
+    def _meta(self, data: memoryview, entry: IndexEntry) -> dict[str, Any]:
+        meta = decode_meta(data.tobytes(), entry.key)
+        source, visual, motion = meta["source"], meta["visual_raw"], meta["motion_raw"]
+        if source not in self._sources:
+            raise BadSampleError(f"source {source!r} is not in dataset.json")
+        if (source, visual, motion) != (entry.source, entry.visual_raw, entry.motion_raw):
+            raise BadSampleError("KEY.json and the index disagree on source or scores")
         return meta
 
     def media(self, position: int) -> tuple[str, bytes] | None:
         """Returns (suffix, encoded clip) of sample number `position`, None if none was stored."""
+        members = self.entry(position).members
         for suffix in ("mp4", "jpg"):
-            member = self.entries[position].members.get(suffix)
-            if member is not None:
-                return suffix, self._member(member, self.shard.bytes)
+            if suffix in members:
+                _require_size(members[suffix], self.shard.bytes)
+                return suffix, self._member(members[suffix]).tobytes()
         return None
 
-    def _member(self, member: Member, max_bytes: int) -> bytes:
-        if member.size > max_bytes:  # before any memory is taken for it
-            raise BadSampleError(f"a member of {member.size} bytes where at most {max_bytes} are possible")
+    def _member(self, member: Member) -> memoryview:
+        data = self._read(member.offset, member.offset + member.size, (member,))
+        return _payload(data, member.offset, member)
+
+    def _read(self, begin: int, end: int, members: tuple[Member, ...]) -> Buffer:
+        def sound(data: Buffer) -> bool:
+            view = memoryview(data)
+            return all(
+                xxhash.xxh128_hexdigest(view[m.offset - begin : m.offset - begin + m.size]) == m.xxh128 for m in members
+            )
+
         try:
-            data = pread_exactly(self._descriptor, member.size, member.offset)
+            return self._storage.read(self._file, begin, end - begin, sound)
         except OSError as error:
             raise BadSampleError(f"the disk failed ({error})") from error
-        if len(data) != member.size:
-            raise BadSampleError(f"the shard ends within the member at byte {member.offset} (cut short?)")
-        if xxhash.xxh128_hexdigest(data) != member.xxh128:
-            raise BadSampleError(f"the member at byte {member.offset} is not what was written (checksum)")
-        return data
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._close()
+
+def _require_size(member: Member, max_bytes: int) -> None:
+    if member.size > max_bytes:  # before any memory is taken for it
+        raise BadSampleError(f"a member of {member.size} bytes where at most {max_bytes} are possible")
+
+
+def _payload(data: Buffer, begin: int, member: Member) -> memoryview:
+    """Returns a member's payload in what was read from byte `begin` of its shard on."""
+    payload = memoryview(data)[member.offset - begin : member.offset - begin + member.size]
+    if len(payload) != member.size:
+        raise BadSampleError(f"the shard ends within the member at byte {member.offset} (cut short?)")
+    if xxhash.xxh128_hexdigest(payload) != member.xxh128:
+        raise BadSampleError(f"the member at byte {member.offset} is not what was written (checksum)")
+    return payload
 
 
 class ShardPool:
-    """Shard readers by name; the least recently used are closed, so files and memory stay bounded."""
+    """Shard readers by name, for any number of threads; the least recently used are given up, so memory stays bounded.
 
-    def __init__(self, info: DatasetInfo, max_open: int = 128) -> None:
+    Args:
+        info: the dataset's record.
+        max_bytes: what the indexes of the readers may take.
+    """
+
+    def __init__(self, info: DatasetInfo, max_bytes: int = 256 << 20) -> None:
         self._info = info
-        self._max_open = max_open
+        self._max_bytes = max_bytes
+        self._bytes = 0
         self._open: OrderedDict[str, ShardReader] = OrderedDict()
         self._damaged: dict[str, str] = {}
+        self._shapes: dict[str, SampleShapes] = {}
+        self._lock = threading.Lock()
 
     def reader(self, shard: ShardInfo) -> ShardReader:
         """Returns the reader of a shard.
 
         Raises:
             BadSampleError: the shard is damaged as a whole.
+            UserError: it is missing, or its source is gone.
         """
-        if shard.name in self._damaged:
-            raise BadSampleError(self._damaged[shard.name])
-        if shard.name not in self._open:
-            try:
-                self._open[shard.name] = ShardReader(self._info, shard)
-            except DamagedShardError as error:
-                self._damaged[shard.name] = f"the whole shard: {error}"
-                raise BadSampleError(self._damaged[shard.name]) from error
-            if len(self._open) > self._max_open:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(shard.name)
-        return self._open[shard.name]
+        name = shard.name
+        with self._lock:
+            reader = self._open.get(name)
+            if reader is not None:
+                self._open.move_to_end(name)
+                return reader
+            if name in self._damaged:
+                raise BadSampleError(self._damaged[name])
+            shapes = self._shapes.get(shard.bucket)
+            if shapes is None:
+                shapes = SampleShapes.of(self._info.latent_shape(shard.bucket), self._info.text)
+                self._shapes[shard.bucket] = shapes
+        try:
+            # Outside the lock, as it may wait for a network. Two threads may open the same shard: one reader is kept.
+            reader = ShardReader(self._info, shard, shapes)
+        except DamagedShardError as error:
+            with self._lock:
+                self._damaged[name] = f"the whole shard: {error}"
+            raise BadSampleError(f"the whole shard: {error}") from error
+        return self._keep(name, reader)
+
+    def _keep(self, name: str, reader: ShardReader) -> ShardReader:
+        with self._lock:
+            if name in self._open:
+                return self._open[name]
+            self._open[name] = reader
+            self._bytes += reader.entries.num_bytes
+            while self._bytes > self._max_bytes and len(self._open) > 1:
+                self._bytes -= self._open.popitem(last=False)[1].entries.num_bytes
+        return reader
+
+    def rows(self, bucket: str, count: int) -> BatchRows | None:
+        """Returns room for samples like the last of a bucket that had a new header; None before the first was read."""
+        shapes = self._shapes.get(bucket)
+        if shapes is None or not shapes.known:
+            return None
+        header, layouts = list(shapes.known.items())[-1]  # a copy: other threads may add to it
+        return BatchRows(len(header).to_bytes(8, "little") + header, layouts, count)
 
     def close(self) -> None:
-        """Closes all files."""
-        while self._open:
-            self._open.popitem()[1].close()
-
-
-def read_index(tar: Path, shard: ShardInfo) -> ShardIndex:
-    """Returns a shard's index; where none that fits lies beside the tar, one is made, and kept if the folder allows.
-
-    Raises:
-        DamagedShardError: no index fits, and the tar is not the one dataset.json describes either.
-        UserError: the tar is missing.
-    """
-    try:
-        data = index_path(tar).read_bytes()
-        _require_index(data, shard)
-        return _matching(ShardIndex.from_bytes(data), shard)
-    except FileNotFoundError:
-        get_logger().info(f"{shard.name} has no index; making one")
-    except DamagedShardError as error:
-        get_logger().warning(f"{shard.name}: {error}; making the index again")
-    try:
-        scan = scan_tar(tar)
-    except FileNotFoundError as error:
-        raise missing_shard(tar) from error
-    if scan.xxh128 != shard.xxh128:
-        raise DamagedShardError(f"no sound index, and the tar is not what was written ({scan.damage or 'checksum'})")
-    index = _matching(scan.index, shard)
-    with contextlib.suppress(OSError):  # a dataset on a read-only disk is read as well, only slower to open
-        write_atomic(index_path(tar), index.to_bytes())
-    return index
+        """Forgets the readers and closes their files; both come back with the next read."""
+        with self._lock:
+            self._open.clear()
+            self._bytes = 0
+        self._info.storage.close()
 
 
 def missing_shard(path: Path) -> UserError:
     """Returns the error of a shard that dataset.json lists and the disk does not have."""
-    return UserError(
-        "a shard listed in dataset.json is missing",
-        where=str(path),
-        remedy="copy the shard back, or curate the dataset again",
-    )
-
-
-def _require_index(data: bytes, shard: ShardInfo) -> None:
-    if shard.index_xxh128 is not None and xxhash.xxh128_hexdigest(data) != shard.index_xxh128:
-        raise DamagedShardError("the index is not what was written (checksum)")
-
-
-def _matching(index: ShardIndex, shard: ShardInfo) -> ShardIndex:
-    if (index.num_bytes, len(index.entries)) != (shard.bytes, shard.samples):
-        raise DamagedShardError(
-            f"the index describes {len(index.entries)} samples in {index.num_bytes} bytes, "
-            f"dataset.json {shard.samples} in {shard.bytes}"
-        )
-    return index
-
-
-def _as_float(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return missing_file(str(path))

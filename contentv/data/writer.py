@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,13 +27,17 @@ from contentv.data.dataset import (
     VaeInfo,
     null_text_bytes,
 )
+from contentv.data.entries import leave_out_faulty, load_entries
 from contentv.data.files import disk_errors, write_atomic
 from contentv.data.index import DamagedShardError, IndexEntry, scan_tar
 from contentv.data.quality import write_quality
-from contentv.data.sample import BadSampleError, SampleShapes, encode_meta, encode_tensors
-from contentv.data.shards import MAX_KEY_LENGTH, ShardWriter, index_path, member_bytes, read_index
+from contentv.data.sample import SampleShapes
+from contentv.data.shard_set import CURATION_SHARD, ShardSetWriter, check_key, pack_sample, packed_bytes
+from contentv.data.shards import ShardWriter, index_path
+from contentv.data.table import write_table
 
-_KEY = re.compile(r"[A-Za-z0-9_\-]+", re.ASCII)
+__all__ = ["DatasetWriter", "ShardSetWriter", "refit_quality"]
+
 _NUMBERED = re.compile(r"(\d+)\.tar(\.tmp)?")
 
 
@@ -65,6 +69,7 @@ class DatasetWriter:
         self._scores: list[tuple[str, float | None, float | None]] = []
         self._keys: set[str] = set()
         self._unsaved = False
+        self.left_out: list[str] = []  # what adopt_shards did not take: shard, key and why
         with disk_errors(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self._root, "writing this dataset")
@@ -90,9 +95,11 @@ class DatasetWriter:
         for shard in info.shards:
             self._admit(_index(info, shard), shard.name)
         listed = {info.shard_path(shard) for shard in info.shards}
-        unlisted = [path for path in self._root.glob(f"{SHARDS_FOLDER}/*/*.tar") if path not in listed]
+        found = self._root.glob(f"{SHARDS_FOLDER}/*/*.tar")
+        unlisted = [path for path in found if path not in listed and not CURATION_SHARD.fullmatch(path.name)]
         if unlisted:
-            get_logger().warning(f"{self._root}: {len(unlisted)} tars are not in dataset.json; see adopt_shards()")
+            remedy = "`contentv index path=... adopt=true` takes them in"
+            get_logger().warning(f"{self._root}: {len(unlisted)} tars are not in dataset.json; {remedy}")
         return info
 
     @property
@@ -134,34 +141,17 @@ class DatasetWriter:
             UserError: the key is taken or malformed, a field or tensor is not what the dataset allows, or the disk is
                 full.
         """
-        self._check_key(key)
-        if media is not None and media_suffix not in ("mp4", "jpg"):
-            raise UserError(f'media suffix "{media_suffix}" is not mp4 or jpg', where=key)
-        fields = {"media_xxh128": None, **meta, "key": key}
-        payloads = {} if media is None else {media_suffix: media}
-        if media is not None:
-            fields["media_xxh128"] = xxhash.xxh128_hexdigest(media)
+        check_key(key, self._keys, self._root)
         try:
             shapes = SampleShapes.of(self._info.vae.latent_shape(bucket), self._info.text)
-            payloads["json"] = encode_meta(fields)
-            payloads["safetensors"] = encode_tensors(latents, text_tokens, text_pooled, shapes)
-        except (BadSampleError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"sample {key}: {error}", where=str(self._root)) from error
-        entry = IndexEntry(key, {}, fields["source"], _score(fields, "visual_raw"), _score(fields, "motion_raw"))
-        needed = sum(member_bytes(len(data)) for data in payloads.values())
-        self._writer(bucket.name, needed).add(entry, payloads)
+        entry, payloads = pack_sample(
+            self._root, key, meta, latents, text_tokens, text_pooled, shapes, media, media_suffix
+        )
+        self._writer(bucket.name, packed_bytes(payloads)).add(entry, payloads)
         self._admit([entry], bucket.name)
         self._unsaved = True
-
-    def _check_key(self, key: str) -> None:
-        if key in self._keys:
-            raise UserError(f'key "{key}" is already in the dataset', where=str(self._root), remedy="give it another")
-        if not _KEY.fullmatch(key) or len(key) > MAX_KEY_LENGTH:
-            raise UserError(
-                f'key "{key}" is not usable',
-                where=str(self._root),
-                remedy=f"use 1 to {MAX_KEY_LENGTH} letters, digits, _ and -",
-            )
 
     def _admit(self, entries: list[IndexEntry], where: str) -> None:
         for entry in entries:
@@ -189,11 +179,48 @@ class DatasetWriter:
         writer = self._writers.pop(bucket)
         self._info.shards.append(writer.finish(f"{bucket}/{writer.path.name}"))
 
+    def keys_of(self, wanted: Callable[[ShardInfo], bool]) -> set[str]:
+        """Returns the keys of the samples in those shards of the dataset that are wanted."""
+        return {entry.key for shard in self._info.shards if wanted(shard) for entry in _index(self._info, shard)}
+
+    def add_shards(self, shards: Iterable[ShardInfo]) -> int:
+        """Takes over finished shards (see `ShardSetWriter`), index beside, and returns how many were new.
+
+        A shard that the dataset already lists, with the same content, changes nothing.
+
+        Raises:
+            UserError: a shard is missing, is not what its record says, or has a key that the dataset has.
+        """
+        listed = {shard.name: shard for shard in self._info.shards}
+        added = 0
+        for shard in shards:
+            if shard.name in listed:
+                if listed[shard.name] != shard:
+                    raise UserError(
+                        f"shard {shard.name} is in the dataset with another content", where=str(self._root),
+                        remedy="name the new shard otherwise",
+                    )  # fmt: skip
+                continue
+            path = self._info.shard_path(shard)
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                raise UserError(
+                    f"the shard is missing or does not have its {shard.bytes} bytes", where=str(path),
+                    remedy="remove it and write it again",
+                )  # fmt: skip
+            self._info.latent_shape(shard.bucket)
+            self._admit(_index(self._info, shard), shard.name)
+            self._info.shards.append(shard)
+            listed[shard.name] = shard
+            self._unsaved = True
+            added += 1
+        return added
+
     def adopt_shards(self) -> list[str]:
         """Takes over the tars below shards/<bucket>/ that dataset.json does not list, and returns their names.
 
         They may be others' WebDataset tars with KEY.json and KEY.safetensors, or finished shards of a writer that was
-        killed. Their index is made; what is wrong with single samples shows when they are read.
+        killed. All of their samples are checked; those the dataset may not use are left out of the index that is made,
+        and named in `left_out`.
 
         Raises:
             UserError: a tar is damaged, its folder is not a bucket of the VAE, or a key is there twice.
@@ -203,12 +230,11 @@ class DatasetWriter:
         adopted = []
         for path in sorted((self._root / SHARDS_FOLDER).glob("*/*.tar")):
             name = f"{path.parent.name}/{path.name}"
-            if name not in listed and path not in open_paths:
-                self._adopt(path, name)
+            if name not in listed and path not in open_paths and self._adopt(path, name):
                 adopted.append(name)
         return adopted
 
-    def _adopt(self, path: Path, name: str) -> None:
+    def _adopt(self, path: Path, name: str) -> bool:
         try:
             self._info.latent_shape(path.parent.name)
             scan = scan_tar(path)
@@ -217,8 +243,13 @@ class DatasetWriter:
             raise UserError(str(error), where=str(path), remedy="move the tar to its bucket's folder") from error
         if scan.damage is not None:
             raise UserError(scan.damage, where=str(path), remedy="restore the tar from a copy, or remove it")
-        for reason in scan.refused:
-            get_logger().warning(f"{name}: left out {reason}")
+        faults = scan.refused + leave_out_faulty(self._info, name, scan)
+        self.left_out += [f"{name}: {fault}" for fault in faults]
+        for fault in faults:
+            get_logger().warning(f"{name}: left out {fault}")
+        shard.samples = len(scan.index.entries)
+        if not shard.samples:
+            return False
         self._admit(scan.index.entries, name)
         index = scan.index.to_bytes()
         shard.index_xxh128 = xxhash.xxh128_hexdigest(index)
@@ -226,6 +257,7 @@ class DatasetWriter:
             write_atomic(index_path(path), index)
         self._info.shards.append(shard)
         self._unsaved = True
+        return True
 
     def flush(self) -> None:
         """Finishes the open shards and makes everything added so far part of the dataset."""
@@ -245,6 +277,7 @@ class DatasetWriter:
         with disk_errors(self._root):
             write_atomic(self._root / NULL_TEXT_FILE, self._null_text)
             write_quality(self._root, self._scores)
+            self._info.table = write_table(self._info, lambda shard: _index(self._info, shard))
             self._info.write()
         self._unsaved = False
 
@@ -296,11 +329,6 @@ def refit_quality(path: str | Path) -> None:
 def _index(info: DatasetInfo, shard: ShardInfo) -> list[IndexEntry]:
     """Returns what a listed shard holds; a damaged one is an error here, as a dataset is not extended around damage."""
     try:
-        return read_index(info.shard_path(shard), shard).entries
+        return list(load_entries(info, shard))
     except DamagedShardError as error:
         raise UserError(str(error), where=str(info.shard_path(shard)), remedy="restore it from a copy") from error
-
-
-def _score(fields: Mapping[str, Any], name: str) -> float | None:
-    value = fields.get(name)
-    return None if value is None or value != value else float(value)

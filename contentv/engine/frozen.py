@@ -57,7 +57,7 @@ def frozen_model(
     """
     mesh = with_groups(mesh, device)
     weights = settle(model, weights, mesh, device)
-    split_dims = parallelize(model, mesh, device=device, plan=plan)
+    splits = parallelize(model, mesh, device=device, plan=plan)
     model.requires_grad_(False).eval()
     settings = dataclasses.replace(parallel, offload="all" if parallel.offload == "all" else "none")
     numel = sum(p.numel() for p in model.parameters())
@@ -66,8 +66,8 @@ def frozen_model(
     make_room(model, mesh, parallel, dtype_of(precision), device, config)
     parameters = dict(model.named_parameters())
     if parallel.zero_stage < 3:
-        fill(weights, whole_places(parameters, split_dims, mesh, device))
+        fill(weights, whole_places(parameters, splits, mesh, device))
         return FrozenModel(model)
     inner, *_ = import_deepspeed(device).initialize(model=model, config=config, mpu=Ranks(mesh))
-    fill(weights, partitioned_places(parameters, split_dims, mesh, device))
+    fill(weights, partitioned_places(parameters, splits, mesh, device))
     return FrozenModel(inner)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from contentv.engine.plans import MMDIT_PLAN
 from contentv.parallel.collectives import equalize
 from contentv.parallel.mesh import RECOMPUTES, Mesh
-from contentv.parallel.tensor import TensorPlan, apply_plan
+from contentv.parallel.tensor import Split, TensorPlan, apply_plan
 from contentv.parallel.ulysses import Attend, Ulysses
 
 # Every fused attention says so in its operator's name: aten::_scaled_dot_product_*, flash_attn::_flash_attn_*,
@@ -45,8 +45,8 @@ def parallelize(
     compile: bool = False,
     device: torch.device | None = None,
     plan: TensorPlan = MMDIT_PLAN,
-) -> dict[str, int]:
-    """Makes `model` this rank's part of itself, in place, and returns the split dimension of each split parameter.
+) -> dict[str, Split]:
+    """Makes `model` this rank's part of itself, in place, and returns the split of each split parameter.
 
     All ranks first take rank 0's weights, so that replicas are equal and parts fit together however each rank made its
     model. A model on the meta device has none: its parts are shapes, and whoever fills them gives all ranks the same.
@@ -60,7 +60,7 @@ def parallelize(
         plan: the tensor-parallel plan.
 
     Raises:
-        UserError: a weight does not divide over the tensor ranks.
+        UserError: a weight has fewer heads or features than there are tensor ranks.
     """
     if recompute not in RECOMPUTES:
         raise ValueError(f"recompute={recompute} is none of {RECOMPUTES}")
@@ -69,11 +69,11 @@ def parallelize(
     model.is_parallelized = True  # type: ignore[assignment]
     if mesh.world > 1 and not any(parameter.is_meta for parameter in model.parameters()):
         equalize(model.parameters(), device or torch.device("cpu"))
-    split_dims = apply_plan(model, plan, mesh)
+    splits = apply_plan(model, plan, mesh)
     seamed = cast(Seamed, model)
     if mesh.sp > 1:
         assert mesh.sp_group is not None
-        ulysses = Ulysses(mesh.sp_group, seamed.attend)
+        ulysses = Ulysses(mesh.sp_group, seamed.attend, mesh.ulysses_group, mesh.ring_group)
         seamed.attend, seamed.split_tokens, seamed.merge_tokens = (
             ulysses.attend, ulysses.split_tokens, ulysses.merge_tokens,
         )  # fmt: skip
@@ -82,7 +82,7 @@ def parallelize(
             block.forward = recomputed(block.forward, selective=recompute == "selective")
         if compile:
             block.forward = torch.compile(block.forward)
-    return split_dims
+    return splits
 
 
 def recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from contentv.parallel.collectives import gather
 from contentv.parallel.mesh import Mesh
+from contentv.parallel.tensor import Split
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter: its shape on one tensor rank, the dimension in which tensor ranks split it, and our fragment."""
+    """A parameter: its shape on this tensor rank, how tensor ranks split it, and our fragment."""
 
     name: str
     shape: tuple[int, ...]
-    split_dim: int | None
+    split: Split | None
     fragment: Fragment
 
 
@@ -57,7 +58,10 @@ class Partition:
 
     def whole_shape(self, entry: Entry) -> tuple[int, ...]:
         """Returns the parameter's shape before tensor ranks split it."""
-        return tuple(n * self.mesh.tp if d == entry.split_dim else n for d, n in enumerate(entry.shape))
+        split = entry.split
+        if split is None:
+            return entry.shape
+        return tuple(sum(split.sizes) if d == split.dim else n for d, n in enumerate(entry.shape))
 
     def numel(self) -> int:
         """Returns the number of weights of the whole model."""
@@ -87,8 +91,8 @@ class Partition:
             flats: this rank's flat tensors of the state wanted.
             to: global rank that needs it.
         """
-        mesh, split = self.mesh, entry.split_dim is not None
-        if to is not None and not split and to % mesh.tp != mesh.tp_rank:
+        mesh, split = self.mesh, entry.split
+        if to is not None and split is None and to % mesh.tp != mesh.tp_rank:
             return None  # replicated over tensor ranks: those of the receiver's are enough
         f = entry.fragment
         whole = torch.zeros(math.prod(entry.shape), dtype=torch.float32, device=self.device)
@@ -97,9 +101,8 @@ class Partition:
         if to is not None and mesh.zero_rank != to // mesh.tp:
             return None
         value = whole.view(entry.shape)
-        if split and mesh.tp > 1:
-            assert entry.split_dim is not None
-            value = self._join(value, entry.split_dim)
+        if split is not None and mesh.tp > 1:
+            value = self._join(value, split)
         return value if to is None or to == mesh.rank else None
 
     def _sum_bits(self, whole: Tensor, to: int | None) -> None:
@@ -112,9 +115,16 @@ class Partition:
         else:
             dist.reduce(bits, to, group=self.mesh.zero_group)
 
-    def _join(self, part: Tensor, dim: int) -> Tensor:
+    def _join(self, part: Tensor, split: Split) -> Tensor:
         assert self.mesh.tp_group is not None
-        return torch.cat(gather(part, self.mesh.tp_group).unbind(0), dim)
+        widest = list(part.shape)
+        widest[split.dim] = max(split.sizes)
+        if split.size < max(split.sizes):  # a collective wants one shape
+            padded = part.new_zeros(widest)
+            padded.narrow(split.dim, 0, split.size).copy_(part)
+            part = padded
+        parts = gather(part, self.mesh.tp_group).unbind(0)
+        return torch.cat([p.narrow(split.dim, 0, n) for p, n in zip(parts, split.sizes, strict=True)], split.dim)
 
     @torch.no_grad()
     def fill(self, entry: Entry, flats: Sequence[Tensor], stored: Any) -> None:
@@ -130,13 +140,13 @@ class Partition:
             return
         row = math.prod(shape[1:])
         first, last = f.start // row, -(-(f.start + f.numel) // row)
-        index = self.mesh.tp_rank
-        if entry.split_dim is None:
+        split = entry.split
+        if split is None:
             piece = stored[first:last]
-        elif entry.split_dim == 0:
-            piece = stored[index * shape[0] + first : index * shape[0] + last]
+        elif split.dim == 0:
+            piece = stored[split.start + first : split.start + last]
         else:
-            piece = stored[first:last, index * shape[1] : (index + 1) * shape[1]]
+            piece = stored[first:last, split.start : split.start + split.size]
         values = piece.reshape(-1)[f.start - first * row :][: f.numel]
         self.local(entry, flats).copy_(values)
 

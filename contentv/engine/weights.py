@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from contentv.engine.partition import Entry, Fragment, Partition
 from contentv.parallel.collectives import equalize
 from contentv.parallel.mesh import Mesh
+from contentv.parallel.tensor import Split
 
 Weights = Mapping[str, Any]  # name -> a tensor, or anything with a shape that is sliced like one
 NAMES_SHOWN = 4
@@ -120,18 +121,18 @@ def fill(weights: Weights, *targets: tuple[Partition, list[Tensor]]) -> None:
 
 
 def whole_places(
-    parameters: Mapping[str, Tensor], split_dims: Mapping[str, int], mesh: Mesh, device: torch.device
+    parameters: Mapping[str, Tensor], splits: Mapping[str, Split], mesh: Mesh, device: torch.device
 ) -> tuple[Partition, list[Tensor]]:
     """Returns parameters that this rank holds whole (its tensor ranks' part of them) as a target of `fill`."""
     entries = [
-        Entry(name, tuple(p.shape), split_dims.get(name), Fragment(i, 0, 0, p.numel()))
+        Entry(name, tuple(p.shape), splits.get(name), Fragment(i, 0, 0, p.numel()))
         for i, (name, p) in enumerate(parameters.items())
     ]
     return Partition(entries, mesh, device), [p.detach().view(-1) for p in parameters.values()]
 
 
 def partitioned_places(
-    parameters: Mapping[str, Any], split_dims: Mapping[str, int], mesh: Mesh, device: torch.device
+    parameters: Mapping[str, Any], splits: Mapping[str, Split], mesh: Mesh, device: torch.device
 ) -> tuple[Partition, list[Tensor]]:
     """Returns this rank's partitions of ZeRO-3 parameters that have no master weights as a target of `fill`."""
     entries = []
@@ -139,7 +140,7 @@ def partitioned_places(
         size, numel = parameter.ds_tensor.ds_numel, math.prod(parameter.ds_shape)
         start = min(mesh.zero_rank * size, numel)
         fragment = Fragment(index, 0, start, max(0, min(size, numel - start)))
-        entries.append(Entry(name, tuple(parameter.ds_shape), split_dims.get(name), fragment))
+        entries.append(Entry(name, tuple(parameter.ds_shape), splits.get(name), fragment))
     return Partition(entries, mesh, device), [parameter.ds_tensor for parameter in parameters.values()]
 
 

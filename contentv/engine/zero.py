@@ -128,7 +128,7 @@ def build_engine(
     """
     mesh = with_groups(mesh, device)
     weights, trained = settle(model, weights, mesh, device), _trained(model, mesh)
-    split_dims = parallelize(model, mesh, recompute=parallel.recompute, compile=compile, device=device, plan=plan)
+    splits = parallelize(model, mesh, recompute=parallel.recompute, compile=compile, device=device, plan=plan)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     numel, trained_numel = (sum(math.prod(shapes[name]) for name in names) for names in (shapes, trained))
     config = deepspeed_config(
@@ -140,7 +140,7 @@ def build_engine(
     parameters = dict(model.named_parameters())
     frozen = {name: parameter for name, parameter in parameters.items() if name not in trained}
     if parallel.zero_stage < 3:  # before DeepSpeed makes the master weights of them
-        fill(weights, whole_places(frozen if load_follows else parameters, split_dims, mesh, device))
+        fill(weights, whole_places(frozen if load_follows else parameters, splits, mesh, device))
     adamw = torch.optim.AdamW(
         [parameters[name] for name in trained], lr=lr_at(0, optim, max_steps), betas=(optim.betas[0], optim.betas[1]),
         eps=optim.eps, weight_decay=optim.weight_decay,
@@ -149,10 +149,10 @@ def build_engine(
     give_back()  # DeepSpeed has moved the partitions into one buffer
     name_of = {parameter: name for name, parameter in parameters.items()}.__getitem__
     fragments, masters = fragments_of(inner.optimizer, name_of, mesh.zero_rank)
-    partition = Partition([Entry(n, shapes[n], split_dims.get(n), fragments[n]) for n in trained], mesh, device)
+    partition = Partition([Entry(n, shapes[n], splits.get(n), fragments[n]) for n in trained], mesh, device)
     targets = [(partition, masters)] if not load_follows else []
     if parallel.zero_stage == 3:
-        targets.append(partitioned_places(frozen, split_dims, mesh, device))
+        targets.append(partitioned_places(frozen, splits, mesh, device))
     if parallel.zero_stage == 3 or precision == "bf16":  # bf16: DeepSpeed's master weights are of the rounded ones
         fill(weights, *targets)
     engine = ZeroEngine(inner, adamw, partition, masters, optim, max_steps, parallel, numel - trained_numel)

@@ -1,8 +1,10 @@
 """Which rank does what: dp x sp x tp, with tensor ranks next to each other, then sequence ranks, then data ranks.
 
-    rank = (dp_rank * sp + sp_rank) * tp + tp_rank
+    rank = (dp_rank * sp + sp_rank) * tp + tp_rank,    sp_rank = ring_rank * ulysses + ulysses_rank
 
-The tp ranks of a sample talk most, so they are neighbours (one machine); dp ranks talk least.
+The tp ranks of a sample talk most, so they are neighbours (one machine); then come the ranks that exchange heads, then
+the ring, which only ever talks to the next place; dp ranks talk least. What a layout may be is decided here alone
+(`check_layout`), before any process group is made.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ RECOMPUTES = ("none", "selective", "full")
 class ParallelConfig:
     """How the work is split; the data-parallel degree follows from the number of processes."""
 
-    sp: int = field(default=1, metadata={"help": "ranks that share one sample's tokens (Ulysses), >= 1"})
-    tp: int = field(default=1, metadata={"help": "ranks that share every layer's weights; divides the heads, >= 1"})
+    sp: int = field(
+        default=1, metadata={"help": "ranks that share one sample's tokens, >= 1; any number of heads and tokens"}
+    )
+    tp: int = field(
+        default=1, metadata={"help": "ranks that share every layer's weights by whole heads, from 1 to the heads"}
+    )
     zero_stage: int = field(
         default=3, metadata={"help": "1 splits optimizer states over dp x sp ranks, 2 also gradients, 3 also weights"}
     )
@@ -34,9 +40,14 @@ class ParallelConfig:
         default="none",
         metadata={"help": "activations recomputed in the backward pass: none | selective (all but attention) | full"},
     )
+    ring: int = field(
+        default=1,
+        metadata={"help": "places of the ring that keys and values travel, a divisor of sp; sp / ring ranks at each "
+                          "place exchange heads (Ulysses). 1 = no ring"},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for key in ("sp", "tp"):
+        for key in ("sp", "tp", "ring"):
             if getattr(self, key) < 1:
                 raise UserError(f"parallel.{key}={getattr(self, key)}", where=f"parallel.{key}", remedy="use 1 or more")
         for key, allowed in (("zero_stage", ZERO_STAGES), ("offload", OFFLOADS), ("recompute", RECOMPUTES)):
@@ -59,7 +70,9 @@ class Mesh:
     """This process's place among dp x sp x tp ranks, and the groups it talks to (None in a single process).
 
     `sp_group`, `tp_group` and `dp_group` vary one of the three coordinates; `zero_group` holds all dp x sp ranks of
-    one tp rank: those over which the optimiser's states, the gradients and the weights are partitioned.
+    one tp rank: those over which the optimiser's states, the gradients and the weights are partitioned. Of the sp ranks
+    of a sample, `ulysses_group` holds those at one place of the ring and `ring_group` one at each place; the first is
+    None where every place is a single rank, the second where there is no ring.
     """
 
     dp: int = 1
@@ -70,6 +83,14 @@ class Mesh:
     sp_group: dist.ProcessGroup | None = None
     tp_group: dist.ProcessGroup | None = None
     zero_group: dist.ProcessGroup | None = None
+    ring: int = 1
+    ulysses_group: dist.ProcessGroup | None = None
+    ring_group: dist.ProcessGroup | None = None
+
+    @property
+    def ulysses(self) -> int:
+        """Ranks at one place of the ring: sp / ring."""
+        return self.sp // self.ring
 
     @property
     def world(self) -> int:
@@ -111,8 +132,9 @@ class Mesh:
         return zero_rank * self.tp + tp_rank
 
     def describe(self) -> str:
-        """Returns the layout in words, such as `8 ranks = dp 2 x sp 4 x tp 1`."""
-        return f"{self.world} ranks = dp {self.dp} x sp {self.sp} x tp {self.tp}"
+        """Returns the layout in words, such as `8 ranks = dp 2 x sp 4 (ring 2 x ulysses 2) x tp 1`."""
+        inner = f" (ring {self.ring} x ulysses {self.ulysses})" if self.ring > 1 else ""
+        return f"{self.world} ranks = dp {self.dp} x sp {self.sp}{inner} x tp {self.tp}"
 
 
 def single_process_mesh() -> Mesh:
@@ -122,30 +144,35 @@ def single_process_mesh() -> Mesh:
 
 def legal_layouts(heads: int, world: int) -> list[tuple[int, int]]:
     """Returns every (sp, tp) that `world` ranks and `heads` attention heads allow."""
-    tps = [t for t in range(1, world + 1) if world % t == 0 and heads % t == 0]
+    tps = [t for t in range(1, min(world, heads) + 1) if world % t == 0]
     return [(s, t) for t in tps for s in range(1, world // t + 1) if (world // t) % s == 0]
 
 
-def check_layout(heads: int, world: int, sp: int, tp: int) -> None:
+def check_layout(heads: int, world: int, sp: int, tp: int, ring: int = 1) -> None:
     """Returns if the layout is possible; needs no process group, so it fails before any rank waits for another.
 
+    Heads need divide by nothing: tensor ranks hold unequal numbers of whole heads, and sequence ranks pad theirs.
+
     Args:
-        heads: attention heads of the model. Sequence ranks need not divide them: heads are padded.
+        heads: attention heads of the model.
         world: processes.
         sp: sequence-parallel degree.
         tp: tensor-parallel degree.
+        ring: places of the ring among the sp ranks.
 
     Raises:
         UserError: it is not; the message names the fields and the nearest layouts that are.
     """
     problem, where = "", ""
-    if sp < 1 or tp < 1:
-        problem, where = f"sp={sp} and tp={tp} must be 1 or more", "parallel.sp, parallel.tp"
+    if sp < 1 or tp < 1 or ring < 1:
+        problem, where = f"sp={sp}, tp={tp} and ring={ring} must be 1 or more", "parallel.sp, parallel.tp"
     elif world % (sp * tp) != 0:
         problem = f"{world} processes do not divide into groups of sp x tp = {sp} x {tp} = {sp * tp}"
         where = "parallel.sp, parallel.tp"
-    elif heads % tp != 0:
-        problem, where = f"{heads} attention heads do not divide over tp={tp} ranks", "parallel.tp"
+    elif tp > heads:
+        problem, where = f"{heads} attention heads are too few for tp={tp} ranks, which hold whole ones", "parallel.tp"
+    elif sp % ring != 0:
+        problem, where = f"sp={sp} ranks do not divide into a ring of {ring} places", "parallel.ring, parallel.sp"
     if not problem:
         return
 
@@ -153,8 +180,16 @@ def check_layout(heads: int, world: int, sp: int, tp: int) -> None:
         return abs(math.log(layout[0] / max(sp, 1))) + abs(math.log(layout[1] / max(tp, 1)))
 
     nearest = sorted(legal_layouts(heads, world), key=distance)[:3]
-    choices = " or ".join(f"parallel.sp={s} parallel.tp={t}" for s, t in nearest)
+    choices = " or ".join(_keys(s, t, max(ring, 1)) for s, t in nearest)
     raise UserError(problem, where=where, remedy=f"use {choices} with {world} processes")
+
+
+def _keys(sp: int, tp: int, ring: int) -> str:
+    """Returns the keys of a layout, with the ring nearest to the one wanted; none is named where none was wanted."""
+    if ring > 1:
+        ring = min((r for r in range(1, sp + 1) if sp % r == 0), key=lambda r: abs(math.log(r / ring)))
+        return f"parallel.sp={sp} parallel.ring={ring} parallel.tp={tp}"
+    return f"parallel.sp={sp} parallel.tp={tp}"
 
 
 def build_mesh(config: ParallelConfig, world_size: int, rank: int, *, heads: int | None = None) -> Mesh:
@@ -169,9 +204,9 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, *, heads: int
     Raises:
         UserError: the layout is not possible.
     """
-    check_layout(heads if heads is not None else config.tp, world_size, config.sp, config.tp)
-    sp, tp = config.sp, config.tp
-    dp = world_size // (sp * tp)
+    sp, tp, ring = config.sp, config.tp, config.ring
+    check_layout(heads if heads is not None else tp, world_size, sp, tp, ring)
+    dp, ulysses = world_size // (sp * tp), sp // ring
     if not dist.is_initialized():
         if world_size > 1:
             raise RuntimeError("call contentv.parallel.collectives.start before build_mesh")
@@ -180,12 +215,19 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, *, heads: int
     def at(d: int, s: int, t: int) -> int:
         return (d * sp + s) * tp + t
 
+    of_sample = [(d, t) for d in range(dp) for t in range(tp)]
+    places = [[at(d, r * ulysses + u, t) for u in range(ulysses)] for d, t in of_sample for r in range(ring)]
+    rings = [[at(d, r * ulysses + u, t) for r in range(ring)] for d, t in of_sample for u in range(ulysses)]
+    sp_group = _own_group([[at(d, s, t) for s in range(sp)] for d, t in of_sample], rank)
     return Mesh(
         dp, sp, tp, rank,
         dp_group=_own_group([[at(d, s, t) for d in range(dp)] for s in range(sp) for t in range(tp)], rank),
-        sp_group=_own_group([[at(d, s, t) for s in range(sp)] for d in range(dp) for t in range(tp)], rank),
+        sp_group=sp_group,
         tp_group=_own_group([[at(d, s, t) for t in range(tp)] for d in range(dp) for s in range(sp)], rank),
         zero_group=_own_group([[at(d, s, t) for d in range(dp) for s in range(sp)] for t in range(tp)], rank),
+        ring=ring,
+        ulysses_group=sp_group if ring == 1 else _own_group(places, rank) if ulysses > 1 else None,
+        ring_group=_own_group(rings, rank) if ring > 1 else None,
     )  # fmt: skip
 
 

@@ -5,6 +5,10 @@ features; between the two nothing is exchanged. Two all-reduces per pair: one of
 column layer's input gradient. A row layer's bias is added once, after the sum. All else is replicated; a replicated
 weight that sees only this rank's features (the per-head norms) has its gradient summed over the ranks.
 
+The parts need not be equal: a layer inside a module with a `head_dim` is dealt out by whole heads, the first ranks
+having one more where they do not divide (38 heads over 4 ranks: 10, 10, 9, 9). No weight is padded, so checkpoints and
+exports know nothing of it.
+
 Source: Shoeybi et al. 2019 (arXiv 1909.08053, Megatron-LM).
 """
 
@@ -14,7 +18,7 @@ import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,20 +54,48 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
-def take_part(full: Tensor, dim: int, index: int, parts: int) -> Tensor:
-    """Returns part `index` of `parts` equal parts of a tensor along `dim` (a view).
+class Split(NamedTuple):
+    """How tensor ranks divide a parameter: parts of these sizes along `dim`, of which this is that of `rank`."""
+
+    dim: int
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def start(self) -> int:
+        """Where this rank's part begins in the whole."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def size(self) -> int:
+        """This rank's part."""
+        return self.sizes[self.rank]
+
+
+def part_sizes(n: int, parts: int, unit: int = 1) -> tuple[int, ...]:
+    """Returns n as `parts` sizes, as equal as whole units allow, larger ones first.
+
+    Args:
+        n: a multiple of `unit`.
+        parts: at most the number of units.
+        unit: what is never cut.
 
     Raises:
-        UserError: it does not divide.
+        UserError: there are fewer units than parts.
     """
-    if full.shape[dim] % parts != 0:
+    units = n // unit
+    if units < parts or n % unit != 0:
         raise UserError(
-            f"a weight of {tuple(full.shape)} does not divide into {parts} parts along dim {dim}",
+            f"{n} features do not divide into {parts} parts of whole units of {unit}",
             where="parallel.tp",
-            remedy=f"use a tensor-parallel degree that divides {full.shape[dim]}",
+            remedy=f"use a tensor-parallel degree of at most {max(units, 1)}",
         )
-    size = full.shape[dim] // parts
-    return full.narrow(dim, index * size, size)
+    return tuple(unit * (units // parts + (index < units % parts)) for index in range(parts))
+
+
+def take_part(full: Tensor, split: Split) -> Tensor:
+    """Returns one rank's part of a whole tensor (a view)."""
+    return full.narrow(split.dim, split.start, split.size)
 
 
 def mark(parameter: nn.Parameter) -> nn.Parameter:
@@ -76,12 +108,11 @@ def mark(parameter: nn.Parameter) -> nn.Parameter:
 class ColumnLinear(nn.Module):
     """A linear layer with this rank's part of the output features of `whole`."""
 
-    def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
+    def __init__(self, whole: nn.Linear, split: Split, group: dist.ProcessGroup) -> None:
         super().__init__()
-        assert mesh.tp_group is not None
-        self.group = mesh.tp_group
-        self.weight = _part(whole.weight, 0, mesh)
-        self.bias = None if whole.bias is None else _part(whole.bias, 0, mesh)
+        self.group = group
+        self.weight = _part(whole.weight, split)
+        self.bias = None if whole.bias is None else _part(whole.bias, split)
 
     def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
         return functional.linear(enter_tensor_parallel(x, self.group), self.weight, self.bias)
@@ -90,11 +121,10 @@ class ColumnLinear(nn.Module):
 class RowLinear(nn.Module):
     """A linear layer with this rank's part of the input features of `whole`; its output is the sum over the ranks."""
 
-    def __init__(self, whole: nn.Linear, mesh: Mesh) -> None:
+    def __init__(self, whole: nn.Linear, split: Split, group: dist.ProcessGroup) -> None:
         super().__init__()
-        assert mesh.tp_group is not None
-        self.group = mesh.tp_group
-        self.weight = _part(whole.weight, 1, mesh)
+        self.group = group
+        self.weight = _part(whole.weight, split)
         self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().clone())
 
     def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
@@ -102,13 +132,13 @@ class RowLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def _part(whole: Tensor, dim: int, mesh: Mesh) -> nn.Parameter:
-    part = take_part(whole.detach(), dim, mesh.tp_rank, mesh.tp).clone(memory_format=torch.contiguous_format)
+def _part(whole: Tensor, split: Split) -> nn.Parameter:
+    part = take_part(whole.detach(), split).clone(memory_format=torch.contiguous_format)
     return mark(nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
-def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, int]:
-    """Replaces the plan's layers by their parts, in place, and returns the split dimension of each split parameter.
+def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, Split]:
+    """Replaces the plan's layers by their parts, in place, and returns the split of each split parameter.
 
     Names of parameters do not change.
 
@@ -118,26 +148,37 @@ def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, int]
         mesh: this rank's place.
 
     Raises:
-        UserError: a weight does not divide.
+        UserError: a weight has fewer heads or features than there are ranks.
     """
     if mesh.tp == 1:
         return {}
     assert mesh.tp_group is not None
     layers: Mapping[str, nn.Module] = dict(model.named_modules())
-    dims: dict[str, int] = {}
+    splits: dict[str, Split] = {}
     for name, module in layers.items():
         kind = ColumnLinear if matches(name, plan.column) else RowLinear if matches(name, plan.row) else None
-        if kind is not None:
-            if not isinstance(module, nn.Linear):
-                raise TypeError(f"the tensor-parallel plan names {name}, which is no linear layer: {type(module)}")
-            parent, _, leaf = name.rpartition(".")
-            setattr(layers[parent], leaf, kind(module, mesh))
+        if kind is None:
+            continue
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"the tensor-parallel plan names {name}, which is no linear layer: {type(module)}")
+        n, dim = (module.out_features, 0) if kind is ColumnLinear else (module.in_features, 1)
+        split = Split(dim, part_sizes(n, mesh.tp, _unit_of(name, layers)), mesh.tp_rank)
+        parent, _, leaf = name.rpartition(".")
+        part = kind(module, split, mesh.tp_group)
+        setattr(layers[parent], leaf, part)
+        splits.update({f"{name}.{p}": split for p, _ in part.named_parameters() if plan.dim_of(f"{name}.{p}") == dim})
     sum_partial_gradients(model, plan, mesh)
-    for name, _ in model.named_parameters():
-        dim = plan.dim_of(name)
-        if dim is not None:
-            dims[name] = dim
-    return dims
+    return splits
+
+
+def _unit_of(name: str, layers: Mapping[str, nn.Module]) -> int:
+    """Returns the features that a layer is never cut within: a head's, inside a module that has heads."""
+    while name:
+        name = name.rpartition(".")[0]
+        head_dim = getattr(layers[name], "head_dim", None)
+        if isinstance(head_dim, int):
+            return head_dim
+    return 1
 
 
 def sum_partial_gradients(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:

@@ -1,40 +1,49 @@
-"""The report of one dataset: what is in it, how its clips score, what was rejected and why."""
+"""The report of one dataset: what is in it, how its clips score, what they would train, what was rejected and why."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from contentv.base.errors import UserError
+from contentv.base.types import Bucket
+from contentv.diffusion.samplers import LogitNormal
+from contentv.diffusion.tqd import TQD
 from contentv.report import page
 from contentv.report.charts import bar_chart, histogram, scatter
-from contentv.report.markup import Html, duration, number, size, tag
-from contentv.report.metrics import read_jsonl
+from contentv.report.dataset_pictures import Media, Pictures
+from contentv.report.dataset_rejects import rejects_section
+from contentv.report.dataset_runs import ratio_name, runs_section, shapes_chart
+from contentv.report.dataset_sigma import sigma_section
+from contentv.report.dataset_stats import (
+    BOTH,
+    CLEAN_LOOKING,
+    MAX_TEXT,
+    MOTION_RICH,
+    NEITHER,
+    QUADRANTS,
+    SPLIT,
+    ClipStats,
+    Quality,
+    SourceStats,
+    correlation,
+    gather,
+    quadrant,
+    ranks,
+)
+from contentv.report.markup import Html, duration, join, number, size, tag
 
-# The quadrants of the motion-against-visual plane, in the order the scatter draws them.
-MOTION_RICH, CLEAN_LOOKING, BOTH, NEITHER = "motion-rich", "clean-looking", "both", "neither"
-QUADRANTS = (MOTION_RICH, CLEAN_LOOKING, BOTH, NEITHER)
-SPLIT = 0.5
+__all__ = [
+    "BOTH", "CLEAN_LOOKING", "MOTION_RICH", "NEITHER", "QUADRANTS", "Quality", "correlation", "correlation_sentence",
+    "gather", "quadrant", "quality_section", "ranks", "write_dataset_report",
+]  # fmt: skip
+
 MAX_DOTS = 3000  # of each quadrant
-
-Quality = Callable[[dict[str, Any]], tuple[float, float]]
-
-
-@dataclass
-class ClipStats:
-    """What the report needs of all clips, gathered in one pass."""
-
-    clips: int = 0
-    seconds: float = 0.0
-    kinds: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    motion: list[float] = field(default_factory=list)
-    visual: list[float] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(default_factory=dict)
+MAX_SOURCES = 40
+MAX_SCORES = 40
+SHOWN = 6
+PATCH = 2  # of latents a side, that are one token
 
 
 def write_dataset_report(
@@ -43,68 +52,56 @@ def write_dataset_report(
     info: Mapping[str, Any],
     quality: Quality | None,
     out: Path,
+    *,
+    tqd: TQD | None = None,
+    global_batch_size: int = 32,
+    media: Media | None = None,
 ) -> Path:
     """Returns `out`, newly written: one page about a dataset.
 
     Args:
-        dataset_dir: the dataset's folder; rejects.jsonl (one {"reason": ...} a rejected clip) is read if it is there.
-        metas: the JSON record of each sample, in any order; read once.
+        dataset_dir: the dataset's folder; rejects.jsonl, thumbnails.jsonl and curation/ are read where they exist.
+        metas: the JSON record of each sample, in any order, with its `bucket`; read once.
         info: the contents of dataset.json.
         quality: record -> (motion, visual), both in [0, 1] and NaN where a clip has none. None ranks the raw scores
             within this dataset.
         out: where the page goes.
-
-    Raises:
-        UserError: a line of rejects.jsonl is malformed or names no reason.
+        tqd: the sampler whose noise levels are shown; None = its defaults over logit-normal.
+        global_batch_size: clips of an optimiser step, for the steps in an epoch.
+        media: clip -> suffix and bytes of the stored clip, for pictures of clips without a thumbnail.
     """
-    stats = gather(metas, quality)
+    folder = Path(dataset_dir)
+    pictures = Pictures(folder, media)
+    stats = gather(metas, quality, pictures.keys)
     sections = [
         _totals(stats, info),
-        page.section("Buckets", _buckets(info)),
-        quality_section(stats, ranked=quality is None),
-        page.section("Scores", _score_charts(stats)),
-        page.section("Rejected clips", _rejects(Path(dataset_dir) / "rejects.jsonl")),
+        page.section("Sources", _sources(stats)),
+        _buckets(folder, info, global_batch_size),
+        quality_section(stats, ranked=quality is None, pictures=pictures),
+        sigma_section(stats, tqd or TQD(LogitNormal()), pictures),
+        page.section("Scores", _score_charts(stats), lead=_picked(stats)),
+        _captions(stats),
+        rejects_section(folder, pictures),
+        runs_section(folder),
     ]
-    name = Path(dataset_dir).resolve().name
+    name = folder.resolve().name
     return page.write_page(Path(out), page.page(f"Dataset report: {name}", str(dataset_dir), sections))
 
 
-def gather(metas: Iterable[dict[str, Any]], quality: Quality | None) -> ClipStats:
-    """Returns counts, durations and scores of all clips; motion and visual in [0, 1], NaN where a clip has none."""
-    stats = ClipStats()
-    for meta in metas:
-        stats.clips += 1
-        stats.seconds += _number(meta.get("duration_s"), missing=0.0)
-        stats.kinds[str(meta.get("kind", "unknown"))] += 1
-        stats.sources[str(meta.get("source", "unknown"))] += 1
-        if quality is None:
-            motion, visual = _number(meta.get("motion_raw")), _number(meta.get("visual_raw"))
-        else:
-            motion, visual = quality(meta)
-        stats.motion.append(float(motion))
-        stats.visual.append(float(visual))
-        own = {k: meta.get(k) for k in ("motion_raw", "visual_raw")}
-        for key, value in {**own, **(meta.get("scores") or {})}.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                stats.scores.setdefault(str(key), []).append(float(value))
-    if quality is None:
-        stats.motion, stats.visual = ranks(stats.motion), ranks(stats.visual)
-    return stats
-
-
-def quality_section(stats: ClipStats, *, ranked: bool) -> Html:
-    """Returns the motion-against-visual scatter with its counted quadrants and the correlation."""
+def quality_section(stats: ClipStats, *, ranked: bool, pictures: Pictures | None = None) -> Html:
+    """Returns the motion-against-visual scatter with its counted quadrants, the correlation, and clips of each."""
     points: dict[str, list[tuple[float, float]]] = {name: [] for name in QUADRANTS}
-    for m, v in zip(stats.motion, stats.visual, strict=True):
-        if math.isfinite(m) and math.isfinite(v):
-            points[quadrant(m, v)].append((m, v))
-    counts = {name: len(found) for name, found in points.items()}
+    for clip in stats.kept:
+        if clip.quadrant is not None:
+            points[clip.quadrant].append((clip.motion, clip.visual))
+    counts = {name: stats.quadrants[name] for name in QUADRANTS}
     total = sum(counts.values())
     drawn = {name: found[:: max(1, math.ceil(len(found) / MAX_DOTS))] for name, found in points.items()}
     num_drawn = sum(len(found) for found in drawn.values())
     notes = [f"{num_drawn:,} of {total:,} clips are drawn, evenly picked."] if num_drawn < total else []
-    if total < stats.clips:
-        notes.append(f"Clips without both scores are left out: {stats.clips - total:,}.")
+    if stats.unscored:
+        notes.append(f"Clips without both scores are left out: {stats.unscored:,}.")
+    notes += [f"{count:,} samples: {what}." for what, count in stats.faults.most_common(3)]
     chart = scatter(
         "Motion against visual quality", drawn, x_label="motion score", y_label="visual score", counts=counts,
         split=SPLIT, note=" ".join(notes),
@@ -118,7 +115,8 @@ def quality_section(stats: ClipStats, *, ranked: bool) -> Html:
         + (" Scores are shown as ranks within this dataset." if ranked else " Scores are normalised to 0..1.")
     )
     listing = page.table(["quadrant", "clips", "share", "meaning"], rows)
-    return page.section("Motion or looks", page.charts(chart, listing), lead=lead)
+    strips = [] if pictures is None else _quadrant_strips(stats, pictures)
+    return page.section("Motion or looks", page.charts(chart, listing), *strips, lead=lead)
 
 
 _MEANING = {
@@ -129,34 +127,7 @@ _MEANING = {
 }
 
 
-def quadrant(motion: float, visual: float, split: float = SPLIT) -> str:
-    """Returns the name of the quadrant that a pair of scores lies in."""
-    if motion >= split:
-        return BOTH if visual >= split else MOTION_RICH
-    return CLEAN_LOOKING if visual >= split else NEITHER
-
-
-def correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, int] | None:
-    """Returns Pearson's correlation, its 95 % interval (Fisher's z) and the number of pairs; None under four pairs.
-
-    Pairs with a value that is not finite are left out; None as well where one side does not vary.
-    """
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    n = len(pairs)
-    if n < 4:
-        return None
-    mean_a, mean_b = math.fsum(x for x, _ in pairs) / n, math.fsum(y for _, y in pairs) / n
-    var_a = math.fsum((x - mean_a) ** 2 for x, _ in pairs)
-    var_b = math.fsum((y - mean_b) ** 2 for _, y in pairs)
-    if var_a <= 0 or var_b <= 0:
-        return None
-    r = math.fsum((x - mean_a) * (y - mean_b) for x, y in pairs) / math.sqrt(var_a * var_b)
-    r = max(-1.0, min(1.0, r))
-    z, width = math.atanh(max(-0.9999999, min(0.9999999, r))), 1.96 / math.sqrt(n - 3)
-    return r, math.tanh(z - width), math.tanh(z + width), n
-
-
-def correlation_sentence(a: Sequence[float], b: Sequence[float]) -> str:
+def correlation_sentence(a: list[float], b: list[float]) -> str:
     """Returns the correlation in words."""
     found = correlation(a, b)
     if found is None:
@@ -166,65 +137,134 @@ def correlation_sentence(a: Sequence[float], b: Sequence[float]) -> str:
     return f"The correlation of motion and visual scores is {r:+.2f} ({interval}, {n:,} clips)."
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """Returns each value's rank within the finite ones, scaled to [0, 1]; equal values share their mean rank."""
-    order = sorted((i for i, v in enumerate(values) if math.isfinite(v)), key=lambda i: values[i])
-    result = [math.nan] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and values[order[end]] == values[order[start]]:
-            end += 1
-        share = (start + end - 1) / 2 / max(len(order) - 1, 1) if len(order) > 1 else 0.5
-        for i in order[start:end]:
-            result[i] = share
-        start = end
-    return result
+def _quadrant_strips(stats: ClipStats, pictures: Pictures) -> list[Html]:
+    pool = stats.wanted or [clip for clip in stats.kept if clip.has_media]
+    parts = []
+    for name in QUADRANTS:
+        clips = [clip for clip in pool if clip.quadrant == name]
+        details = [f"motion {number(round(c.motion, 2))}, visual {number(round(c.visual, 2))}" for c in clips]
+        strip = pictures.strip(clips, details, SHOWN)
+        if strip is not None:
+            parts += [tag("h3", f"Clips of {name}"), strip]
+    return parts
 
 
 def _totals(stats: ClipStats, info: Mapping[str, Any]) -> Html:
     shards = info.get("shards") or []
+    largest = sorted(stats.sources, key=lambda name: -stats.sources[name].samples)[:4]
     found = [
         page.card("samples", number(stats.clips), ", ".join(f"{n:,} {k}" for k, n in stats.kinds.most_common(3))),
         page.card("duration", duration(stats.seconds)),
-        page.card("sources", number(len(stats.sources)), ", ".join(name for name, _ in stats.sources.most_common(4))),
+        page.card("sources", number(len(stats.sources)), ", ".join(largest)),
         page.card("shards", number(len(shards)), size(sum(float(s.get("bytes", 0)) for s in shards))),
     ]
     return page.cards(*found)
 
 
-def _buckets(info: Mapping[str, Any]) -> Html:
+def _sources(stats: ClipStats) -> Html:
+    order = sorted(stats.sources.items(), key=lambda item: (-item[1].samples, item[0]))
+    rows = [_source_row(name, source) for name, source in order[:MAX_SOURCES]]
+    columns = ["source", "samples", "images", "hours of video", "motion raw", "visual raw", "motion", "visual"]
+    rest = order[MAX_SOURCES:]
+    note = f"{len(rest):,} smaller sources with {sum(s.samples for _, s in rest):,} samples are not shown. "
+    told = (note if rest else "") + "Scores are means; motion and visual without `raw` lie in 0..1."
+    if not rows:
+        return tag("p", "there are no samples", class_="empty")
+    return join([page.table(columns, rows), tag("p", told, class_="note")])
+
+
+def _source_row(name: str, source: SourceStats) -> list[Any]:
+    means = [source.mean(key) for key in ("motion_raw", "visual_raw", "motion", "visual")]
+    return [name, source.samples, source.images, source.seconds / 3600, *means]
+
+
+def _buckets(folder: Path, info: Mapping[str, Any], global_batch_size: int) -> Html:
     buckets = info.get("buckets") or {}
     if not buckets:
-        return tag("p", "dataset.json lists no buckets", class_="empty")
+        return page.section("Buckets", tag("p", "dataset.json lists no buckets", class_="empty"), shapes_chart(folder))
+    text = (info.get("text") or {}).get("num_tokens")
+    total = sum(int(bucket.get("samples", 0)) for bucket in buckets.values())
+    tokens = {name: _tokens(bucket, text) for name, bucket in buckets.items()}
+    all_tokens = sum(count * int(buckets[name].get("samples", 0)) for name, count in tokens.items() if count)
     rows = []
     for name, bucket in sorted(buckets.items()):
+        samples = int(bucket.get("samples", 0))
         shape = " x ".join(str(v) for v in bucket.get("latent_shape", []))
-        rows.append([name, int(bucket.get("samples", 0)), shape or "n/a"])
-    samples = {str(row[0]): float(row[1]) for row in rows}
-    listing = page.table(["bucket", "samples", "latent shape (c t h w)"], rows)
-    return page.charts(bar_chart("Samples in each bucket", samples), listing)
+        count = tokens[name]
+        of_all = f"{count * samples / all_tokens:.1%}" if count and all_tokens else "n/a"
+        share = f"{samples / total:.1%}" if total else "n/a"
+        steps = samples / global_batch_size
+        rows.append([name, _ratio(name), samples, share, shape or "n/a", count, of_all, round(steps, 1)])
+    columns = ["bucket", "aspect ratio", "samples", "share", "latent shape (c t h w)", "tokens each", "share of tokens",
+               "steps in an epoch"]  # fmt: skip
+    lead = (
+        f"Tokens are those of a model with patches of {PATCH} x {PATCH} latents, text included. An epoch is "
+        f"{total / global_batch_size:,.1f} steps of {global_batch_size:,} clips; all clips of a step are of one bucket."
+    )
+    bars = bar_chart("Samples in each bucket", {str(row[0]): float(row[2]) for row in rows})
+    return page.section(
+        "Buckets", page.table(columns, rows), page.charts(bars, shapes_chart(folder)), lead=lead
+    )  # fmt: skip
+
+
+def _tokens(bucket: Mapping[str, Any], text: Any) -> int | None:
+    shape = bucket.get("latent_shape")
+    if not isinstance(shape, (list, tuple)) or len(shape) != 4 or not all(isinstance(v, int) for v in shape):
+        return None
+    _, t, h, w = shape
+    return t * (h // PATCH) * (w // PATCH) + (text if isinstance(text, int) else 0)
+
+
+def _ratio(name: str) -> str:
+    try:
+        bucket = Bucket.parse(name)
+    except ValueError:
+        return "n/a"
+    if min(bucket) < 1:
+        return "n/a"
+    found = ratio_name(bucket.width, bucket.height)
+    return found if found != "other" else f"{bucket.width / bucket.height:.2f}:1"
 
 
 def _score_charts(stats: ClipStats) -> Html:
-    if not stats.scores:
+    names = stats.score_names()
+    if not names:
         return tag("p", "no clip carries a score", class_="empty")
-    return page.charts(*(histogram(k, v, x_label=k) for k, v in stats.scores.items()))
+    found = {name: [clip.scores[name] for clip in stats.kept if name in clip.scores] for name in names[:MAX_SCORES]}
+    drawn = [histogram(name[:MAX_TEXT], values, x_label=name[:40]) for name, values in found.items()]
+    rest = len(names) - len(drawn)
+    return page.charts(*drawn, *([tag("p", f"{rest:,} further scores are not drawn", class_="note")] if rest else []))
 
 
-def _rejects(path: Path) -> Html:
-    if not path.is_file():
-        return tag("p", "there is no rejects.jsonl: nothing is known of rejected clips", class_="empty")
-    reasons: Counter[str] = Counter()
-    for where, row in read_jsonl(path):
-        if not isinstance(row.get("reason"), str):
-            raise UserError(f'"reason" is {row.get("reason")!r}, not a text', where=where)
-        reasons[row["reason"]] += 1
-    if not reasons:
-        return tag("p", "no clip was rejected", class_="empty")
-    values = {reason: float(count) for reason, count in reasons.most_common(20)}
-    return page.charts(bar_chart(f"{sum(reasons.values()):,} rejected, by reason", values))
+def _picked(stats: ClipStats) -> str:
+    return f"Drawn from every {stats.stride:,}th sample." if stats.stride > 1 else ""
 
 
-def _number(value: Any, missing: float = math.nan) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else missing
+def _captions(stats: ClipStats) -> Html:
+    found = stats.captions
+    if not stats.clips:
+        return page.section("Captions", tag("p", "there are no samples", class_="empty"))
+    total = sum(found.words.values())
+    mean = sum(words * count for words, count in found.words.items()) / total
+    lengths = [float(words) for words, count in sorted(found.words.items()) for _ in range(_thinned(count, total))]
+    about = "" if found.complete else f" Among the first {len(found.counts):,} different ones."
+    cards = page.cards(
+        page.card("words on average", number(mean)),
+        page.card("empty captions", number(found.empty), f"{found.empty / total:.1%} of the samples"),
+        page.card("captions that come again", number(found.repeated),
+                  f"samples whose caption another of the bucket has, beyond the first.{about}"),
+    )  # fmt: skip
+    rows = found.most_common(10)
+    listing = page.table(["most frequent captions", "bucket", "samples"], rows) if rows else tag(
+        "p", "no caption comes more than once in a bucket", class_="empty"
+    )  # fmt: skip
+    drawn = histogram("Words of a caption", lengths, x_label="words", note=_thinning(total))
+    return page.section("Captions", cards, page.charts(drawn, listing))
+
+
+def _thinned(count: int, total: int, most: int = 20_000) -> int:
+    return count if total <= most else max(1, round(count * most / total))
+
+
+def _thinning(total: int, most: int = 20_000) -> str:
+    return f"Counts are scaled down from {total:,} samples to {most:,}." if total > most else ""

@@ -65,6 +65,7 @@ th,td{padding:6px 14px 6px 0;border-bottom:1px solid var(--line);vertical-align:
 tr:last-child td{border-bottom:0}
 td.n,th.n{text-align:right;white-space:nowrap}
 td:not(.n){overflow-wrap:anywhere}
+.rule{white-space:nowrap}
 details{margin:14px 0}summary{cursor:pointer;font-weight:600}
 .columns{columns:2 380px;column-gap:32px}
 .columns div{break-inside:avoid;display:flex;justify-content:space-between;gap:16px;padding:3px 0;
@@ -73,7 +74,9 @@ border-bottom:1px solid var(--line);font-size:13.5px}
 min-width:0}
 .videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:14px;margin:14px 0}
 .videos.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+.videos.small{grid-template-columns:repeat(auto-fill,minmax(150px,1fr))}
 .sample{padding:10px}
+.sample .prompt{overflow-wrap:anywhere}
 .sample .prompt{font-size:14px;margin:8px 0 6px}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
 .pair .note{margin:0 0 2px}

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from contentv.base import device as devices
 from contentv.base.errors import StoppedBySignalError, UserError
-from contentv.base.types import Batch, BatchSource, Objective
+from contentv.base.log import get_logger
+from contentv.base.types import BatchSource, Bucket, Objective
 from contentv.train.stop import StopSignal
 
 
@@ -36,9 +37,14 @@ class LoopConfig:
 
     max_steps: int = _doc(1000, "optimiser steps of the stage; 1 or more")
     precision: str = _doc("bf16", "bf16 (fp32 master weights) | fp32")
-    global_batch_size: int = _doc(32, "clips per optimiser step over all ranks")
+    global_batch_size: int = _doc(32, "clips per optimiser step over all ranks; see global_tokens")
     micro_batch_size: int = _doc(0, "clips per forward on a rank; 0 = as many as max_tokens allows")
     max_tokens: int = _doc(0, "most video tokens per forward on a rank, when micro_batch_size=0; 0 = no limit")
+    global_tokens: int = _doc(
+        0,
+        "video tokens per optimiser step over all ranks: of a bucket, a step takes as many times global_batch_size "
+        "clips as fit, at least once, in micro-batches larger by the same factor; 0 = global_batch_size clips of all",
+    )
     seed: int = _doc(0, "seed of the data order and of all draws")
     checkpoint_every: int = _doc(500, "steps between checkpoints; 0 = only at the end")
     keep_checkpoints: int = _doc(2, "newest checkpoints kept; 0 = all")
@@ -50,7 +56,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for key, low in (("max_steps", 1), ("global_batch_size", 1), ("micro_batch_size", 0), ("max_tokens", 0),
-                         ("checkpoint_every", 0), ("keep_checkpoints", 0), ("log_every", 1),
+                         ("global_tokens", 0), ("checkpoint_every", 0), ("keep_checkpoints", 0), ("log_every", 1),
                          ("max_skipped_steps", 1)):  # fmt: skip
             value = getattr(self, key)
             if value < low:
@@ -120,16 +126,16 @@ def run(
     *,
     progress: Progress,
     save: Callable[[Progress], None],
-    tokens_per_clip: Callable[[Batch], int],
-    flops_per_clip: Callable[[Batch], int] | None = None,
+    tokens_per_clip: Callable[[Bucket], int],
+    flops_per_clip: Callable[[Bucket], int] | None = None,
     peak_flops: float = 0.0,
     stage: str = "",
 ) -> Progress:
-    """Trains until `config.max_steps` and returns the final progress; the final state is saved.
+    """Trains until `config.max_steps`, or until the data are used up, and returns the final progress, which is saved.
 
     Args:
         save: writes a checkpoint of the given progress; called on every rank.
-        tokens_per_clip: video tokens of one clip of a batch.
+        tokens_per_clip: video tokens of one clip of a bucket.
         flops_per_clip: training FLOP of one clip; with `peak_flops` (all ranks together, per second) gives the MFU.
 
     Raises:
@@ -138,6 +144,8 @@ def run(
     """
     batches = iter(source)
     times, flops, skipped, saved_at = StepTimes(), 0, 0, progress.step
+    totals: dict[str, Tensor] = {}
+    clips, stats = 0, None
     with StopSignal() as stop:
         while progress.step < config.max_steps:
             stopping = engine.any_rank(stop.received != 0)
@@ -148,22 +156,29 @@ def run(
             if stopping:
                 raise StoppedBySignalError(f"stopped at step {progress.step}; run the same command again to go on")
             waiting = time.perf_counter()
-            micro_batches = next(batches)
+            micro_batches = next(batches, None)
             times.data_wait_s += time.perf_counter() - waiting
-            totals: dict[str, Tensor] = {}
+            if micro_batches is None:  # on all ranks at once: the order is the same everywhere
+                data_used_up(progress.step, config.max_steps, stage)
+                if times.steps:  # not logged yet
+                    row = summarize(engine, totals, clips, source.quarantined)
+                    recorder.row({"stage": stage, **measure(engine, progress, stats, times, flops, peak_flops), **row})
+                break
+            clips = micro_batches[0].global_samples
+            totals = {}
             for batch in micro_batches:
                 output = objective(engine.module, batch.to(engine.device), progress.step)
-                engine.backward(output.loss_sum, config.global_batch_size)
+                engine.backward(output.loss_sum, clips)
                 for name, value in {"loss": output.loss_sum.detach(), **output.metrics}.items():
                     totals[name] = totals[name] + value if name in totals else value
             stats = engine.step()
             progress.step += 1
-            progress.samples_seen += config.global_batch_size
-            tokens = tokens_per_clip(micro_batches[0]) * config.global_batch_size
+            progress.samples_seen += clips
+            tokens = tokens_per_clip(micro_batches[0].bucket) * clips
             progress.tokens_seen += tokens
             times.tokens += tokens
             times.steps += 1
-            flops += flops_per_clip(micro_batches[0]) * config.global_batch_size if flops_per_clip else 0
+            flops += flops_per_clip(micro_batches[0].bucket) * clips if flops_per_clip else 0
             skipped = skipped + 1 if stats.skipped else 0
             recorder.ids(progress.step, engine.gather_keys([key for batch in micro_batches for key in batch.keys]))
             if skipped >= config.max_skipped_steps:
@@ -173,30 +188,50 @@ def run(
                     remedy="look at these steps' samples in ledger.jsonl, lower optim.lr, or use train.precision=fp32",
                 )
             if progress.step % config.log_every == 0 or progress.step == config.max_steps:
-                row = summarize(engine, totals, config.global_batch_size)
+                row = summarize(engine, totals, clips, source.quarantined)
                 recorder.row({"stage": stage, **measure(engine, progress, stats, times, flops, peak_flops), **row})
                 times, flops = StepTimes(), 0
             else:
                 recorder.advance(progress.step)
-    save(progress)
+    if progress.step != saved_at or progress.step == config.max_steps:
+        save(progress)
     return progress
 
 
-def summarize(engine: Engine, totals: dict[str, Tensor], global_batch_size: int) -> dict[str, float]:
+def data_used_up(step: int, max_steps: int, stage: str) -> None:
+    """Says that the stage ends before its last step.
+
+    Raises:
+        UserError: it would end before its first.
+    """
+    if step == 0:
+        raise UserError(
+            "the sources hold too few samples, or data.source_max_epochs is too low, for one global batch",
+            where=stage, remedy="use a smaller train.global_batch_size, or raise data.source_max_epochs",
+        )  # fmt: skip
+    get_logger().info(
+        "%s ends at step %d of %d: every source has been seen as often as data.source_max_epochs allows",
+        stage or "the stage", step, max_steps,
+    )  # fmt: skip
+
+
+def summarize(engine: Engine, totals: dict[str, Tensor], global_samples: int, quarantined: int = 0) -> dict[str, float]:
     """Returns the means over the global batch of the metrics' sums (one reduction for all of them).
 
-    `x_sum` beside `x_count` becomes the mean `x`; everything else is divided by the global batch size.
+    `x_sum` beside `x_count` becomes the mean `x`; everything else is divided by the clips of the step, but for
+    `quarantined`, the damaged samples that all data ranks have met since they started.
     """
     names = sorted(totals)
-    summed = engine.sum_over_data_ranks(torch.stack([totals[n].float() for n in names])).tolist()
+    parts = [*(totals[n].float() for n in names), torch.tensor(float(quarantined), device=engine.device)]
+    *summed, bad = engine.sum_over_data_ranks(torch.stack(parts)).tolist()
     values = dict(zip(names, summed, strict=True))
-    row: dict[str, float] = {}
+    row: dict[str, float] = {"quarantined": bad}
     for name, value in values.items():
         if name.endswith("_count"):
             continue
         count = values.get(f"{name.removesuffix('_sum')}_count") if name.endswith("_sum") else None
         if count is None:
-            row[name.removesuffix("_sum")] = value / global_batch_size
+            row[name.removesuffix("_sum")] = value / global_samples
         elif count > 0:
             row[name.removesuffix("_sum")] = value / count
     return row

@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Impl:
     """
 
     name: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     automatic: tuple[str, ...] = ()
     why_not: Callable[[str, torch.dtype], str | None] = usable_anywhere
 
@@ -59,7 +59,7 @@ class Choice(NamedTuple):
 
 
 _tables: dict[str, tuple[Impl, ...]] = {}
-_functions: dict[tuple[str, str], Callable[..., Tensor]] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}
 # Module state and not a context variable: activation recompute calls the operation again from autograd's own threads,
 # which do not inherit one. torch.compile guards on this dict, so a compiled function follows a later force().
 _forced: dict[str, str] = {}
@@ -107,7 +107,7 @@ def report() -> dict[str, Choice]:
     return dict(_chosen)
 
 
-def select(op: str, impl: str | None, tensor: Tensor) -> Callable[..., Tensor]:
+def select(op: str, impl: str | None, tensor: Tensor) -> Callable[..., Any]:
     """Returns the function that computes `op` for a tensor like `tensor`.
 
     Raises:

@@ -106,3 +106,12 @@ def test_the_yaml_files_are_found_in_the_checkout() -> None:
 def test_the_page_of_keys_is_what_the_code_says() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "keys.md").read_text(encoding="utf-8")
     assert page == keys_page(), "run `make docs`"
+
+
+def test_names_of_the_users_own_can_be_given_to_mappings() -> None:
+    config = load_config("train", ["data.path=x", "data.source_weights={synth:3,a/b:1}", "data.source_max_epochs.a=2"])
+    assert config.data.source_weights == {"synth": 3.0, "a/b": 1.0}
+    assert config.data.source_max_epochs == {"a": 2}
+    assert load_config("synth", ["variants.clean=0.5"]).variants["clean"] == 0.5
+    with pytest.raises(UserError, match=r"data\.source_weights"):
+        load_config("train", ["data.source_weights={synth:much}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ import torch
 import xxhash
 from crashing import square_unless_three
 from omegaconf import OmegaConf
+from toy_encoders import ListSink, ToyText, ToyVAE
+from toy_media import FPS, make_scene, put
 
 from contentv.base.errors import UserError
-from contentv.base.types import Bucket, TextCond
+from contentv.base.types import Bucket
 from contentv.curation.captions import CaptionError, parse_captions
 from contentv.curation.clips import fit_to_bucket
 from contentv.curation.curate import CurateConfig, CurateReport, curate, ordered
 from contentv.curation.filters import FilterConfig
+from contentv.curation.near_duplicates import DedupConfig
 from contentv.curation.plan import sample_frames
-from contentv.curation.video_io import encode_jpg_bytes, encode_mp4_bytes, write_mp4
+from contentv.curation.video_io import encode_jpg_bytes, encode_mp4_bytes
 from contentv.curation.workers import WorkerCrashError, WorkerPool
 
-FPS = 8
 BUCKETS = ["f1_h32_w32", "f9_h32_w32", "f17_h32_w48"]
 META_FIELDS = {
     "key", "caption", "source", "kind", "num_frames", "height_px", "width_px", "fps", "start_s", "duration_s",
@@ -36,92 +39,17 @@ META_FIELDS = {
 }  # fmt: skip
 
 
-class ToyVAE:
-    """Averages over blocks of 8 x 8 pixels and takes every fourth frame."""
+def run(folder: Path, **changes: Any) -> tuple[ListSink, list[dict[str, Any]], CurateReport, ToyVAE, ToyText]:
+    """Curates folder/in anew; returns the dataset, the rejects, the report and the encoders.
 
-    fingerprint = "toy"
-    latents_mean = (0.0, 0.0, 0.0)
-    latents_std = (1.0, 1.0, 1.0)
-    latent_channels = 3
-    temporal_factor = 4
-    spatial_factor = 8
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[int, ...]] = []
-
-    def encode(self, video: torch.Tensor) -> torch.Tensor:
-        self.batches.append(tuple(video.shape))
-        assert video.dtype == torch.float32
-        assert -1 <= float(video.min()) <= float(video.max()) <= 1
-        return torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8))
-
-
-class ToyText:
-    """A caption's length and first letter."""
-
-    fingerprint = "toy"
-
-    def __init__(self) -> None:
-        self.encoded: list[str] = []
-
-    def encode(self, captions: list[str]) -> TextCond:
-        self.encoded.extend(captions)
-        pooled = torch.tensor([[float(len(c)), float(ord(c[0]))] for c in captions])
-        return TextCond(pooled[:, None].expand(-1, 4, -1).clone(), pooled)
-
-
-class ListWriter:
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.samples: list[dict[str, Any]] = []
-        self.closed = False
-
-    def add(
-        self, key: str, meta: dict[str, Any], latents: torch.Tensor, text_tokens: torch.Tensor,
-        text_pooled: torch.Tensor, bucket: Bucket, media: bytes | None = None, media_suffix: str = "mp4",
-    ) -> None:  # fmt: skip
-        assert not self.closed
-        self.samples.append(
-            {"key": key, "meta": meta, "latents": latents, "tokens": text_tokens, "pooled": text_pooled,
-             "bucket": bucket, "media": media, "suffix": media_suffix}
-        )  # fmt: skip
-
-    def close(self) -> None:
-        self.closed = True
-
-    def of(self, bucket: str) -> list[dict[str, Any]]:
-        return [sample for sample in self.samples if sample["bucket"].name == bucket]
-
-
-COLOURS = {"red": (200, 40, 40), "green": (40, 170, 60), "blue": (40, 60, 200), "grey": (120, 120, 120)}
-
-
-def make_scene(colour: str, frames: int = 20, height: int = 48, width: int = 64) -> np.ndarray:
-    """A light disk that crosses a coloured ground."""
-    y, x = np.mgrid[0:height, 0:width]
-    clip = np.zeros((frames, height, width, 3), np.uint8)
-    for n in range(frames):
-        disk = np.hypot(x - 8 - 2 * n, y - height / 2) < 7
-        clip[n] = np.where(disk[..., None], 230, COLOURS[colour])
-    return clip
-
-
-def put(path: Path, data: bytes | np.ndarray, caption: str | None = None, fps: int = FPS) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(data, bytes):
-        path.write_bytes(data)
-    else:
-        write_mp4(data, path, fps)
-    if caption is not None:
-        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-
-
-def run(folder: Path, **changes: Any) -> tuple[ListWriter, list[dict[str, Any]], CurateReport, ToyVAE, ToyText]:
-    """Curates folder/in; returns the writer, the rejects, the report and the encoders."""
-    settings: dict[str, Any] = {"buckets": BUCKETS, "min_clip_s": 1.0, "max_clip_s": 3.0, **changes}
+    Most clips here are the same disk over another ground, which near-duplicate removal is right to take for copies.
+    """
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    settings: dict[str, Any] = {
+        "buckets": BUCKETS, "min_clip_s": 1.0, "max_clip_s": 3.0, "dedup": DedupConfig(near=False), **changes,
+    }  # fmt: skip
     config = CurateConfig(input=str(folder / "in"), output=str(folder / "out"), **settings)
-    writer, vae, text = ListWriter(), ToyVAE(), ToyText()
+    writer, vae, text = ListSink(), ToyVAE(), ToyText()
     report = curate(config, vae, text, writer)
     rejects = [json.loads(line) for line in (folder / "out" / "rejects.jsonl").read_text("utf-8").splitlines()]
     return writer, rejects, report, vae, text
@@ -155,7 +83,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_kept_and_what_is_not(mixed: Path) -> None:
     writer, rejects, report, _, _ = run(mixed)
     assert writer.closed
-    kept = {(s["meta"]["source"], s["meta"]["caption"], s["bucket"].name) for s in writer.samples}
+    kept = {(s["meta"]["source"], s["meta"]["caption"], s["bucket"].name) for s in writer.samples_there}
     clips = [("default", "a disk over red"), ("web", "red"), ("web", "green"), ("web", "a long one")]
     # Either of the equal files may come first; the other is left out.
     if ("web", "a copy", BUCKETS[0]) in kept:
@@ -179,17 +107,17 @@ def test_what_is_kept_and_what_is_not(mixed: Path) -> None:
     for file, pattern in patterns.items():
         assert re.search(pattern, reasons[file]), (file, reasons[file])
     assert [row["scene"] for row in rejects if row["file"] == "web/cuts.mp4"] == [2]
-    assert all(row.keys() == {"file", "scene", "clip", "reason", "scores"} for row in rejects)
-    assert (report.files, report.kept, report.rejected) == (10, len(writer.samples), len(rejects))
+    assert all(row.keys() == {"file", "scene", "clip", "reason", "rule", "scores"} for row in rejects)
+    assert (report.files, report.kept, report.rejected) == (10, len(writer.samples_there), len(rejects))
     assert sum(report.buckets.values()) == report.kept
     assert report.clips == 6  # one, two of the cuts, two of the long one, the still
 
 
 def test_every_field_of_a_sample(mixed: Path) -> None:
     writer, _, _, _, _ = run(mixed, precision="fp32")
-    keys = [sample["key"] for sample in writer.samples]
+    keys = [sample["key"] for sample in writer.samples_there]
     assert len(set(keys)) == len(keys)
-    for sample in writer.samples:
+    for sample in writer.samples_there:
         meta, bucket = sample["meta"], sample["bucket"]
         assert re.fullmatch(r"[A-Za-z0-9_-]{1,80}", sample["key"])
         assert meta.keys() == META_FIELDS
@@ -214,7 +142,7 @@ def test_every_field_of_a_sample(mixed: Path) -> None:
     }
     assert starts["red"] == 0
     assert starts["green"] == pytest.approx(20 / FPS)
-    still = next(s for s in writer.samples if s["meta"]["caption"] == "a still")
+    still = next(s for s in writer.samples_there if s["meta"]["caption"] == "a still")
     data = (mixed / "in" / "web" / "still.jpg").read_bytes()
     assert still["meta"]["media_xxh128"] == xxhash.xxh128_hexdigest(data)
 
@@ -235,7 +163,7 @@ def test_the_right_frames_reach_the_vae(mixed: Path, tmp_path: Path) -> None:
         input=str(tmp_path / "in"), output=str(tmp_path / "out"), buckets=["f1_h48_w64", "f9_h48_w64"],
         min_clip_s=1.0, max_clip_s=3.0,
     )  # fmt: skip
-    curate(config, Watching(), ToyText(), ListWriter())
+    curate(config, Watching(), ToyText(), ListSink())
     for colour in ("red", "blue"):
         truth = make_scene(colour).astype(np.float32) / 127.5 - 1
         video, image = seen[f"{colour}9"][0], seen[f"{colour}1"][0]
@@ -260,9 +188,9 @@ def test_frames_are_found_again_in_any_container(container: str, tmp_path: Path)
         file.mux(stream.encode())
     path.with_suffix(".txt").write_text("red")
     writer, *_ = run(tmp_path, buckets=["f9_h48_w64"], max_clip_s=1.5, precision="fp32", batch_size=1)
-    assert len(writer.samples) == 4
+    assert len(writer.samples_there) == 4
     pixels = torch.from_numpy(truth).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    for n, sample in enumerate(writer.samples):
+    for n, sample in enumerate(writer.samples_there):
         errors = {
             start: float((sample["latents"] - ToyVAE().encode(pixels[:, :, start : start + 9])[0]).abs().mean())
             for start in range(len(truth) - 8)
@@ -285,9 +213,9 @@ def test_clips_are_scored_and_filtered(tmp_path: Path) -> None:
 def test_results_do_not_depend_on_the_number_of_processes(mixed: Path) -> None:
     alone = run(mixed, keep_media=True)
     together = run(mixed, keep_media=True, workers=2)
-    assert [s["key"] for s in together[0].samples] == [s["key"] for s in alone[0].samples]
+    assert [s["key"] for s in together[0].samples_there] == [s["key"] for s in alone[0].samples_there]
     assert together[1] == alone[1]
-    for a, b in zip(alone[0].samples, together[0].samples, strict=True):
+    for a, b in zip(alone[0].samples_there, together[0].samples_there, strict=True):
         assert a["meta"] == b["meta"]
         assert a["media"] == b["media"]
         assert torch.equal(a["latents"], b["latents"])
@@ -300,7 +228,7 @@ def test_the_order_is_the_seeds(tmp_path: Path) -> None:
 
     def order(**changes: Any) -> list[str]:
         writer, *_ = run(tmp_path, buckets=["f9_h32_w32"], batch_size=2, **changes)
-        return [sample["key"][0] for sample in writer.samples]
+        return [sample["key"][0] for sample in writer.samples_there]
 
     assert order(shuffle=False) == ["0", "1", "2"]
     assert order(seed=1) == [name[0] for name in ordered(names, CurateConfig(seed=1))]
@@ -322,10 +250,10 @@ def test_captions_are_encoded_once_and_clips_in_batches(tmp_path: Path) -> None:
 def test_media_is_kept_on_request(tmp_path: Path) -> None:
     put(tmp_path / "in" / "a.mp4", make_scene("red"), "red")
     writer, *_ = run(tmp_path, keep_media=True)
-    assert {(s["bucket"].frames, s["suffix"]) for s in writer.samples} == {(1, "jpg"), (9, "mp4"), (17, "mp4")}
-    for sample in writer.samples:
+    assert {(s["bucket"].frames, s["suffix"]) for s in writer.samples_there} == {(1, "jpg"), (9, "mp4"), (17, "mp4")}
+    for sample in writer.samples_there:
         assert sample["meta"]["media_xxh128"] == xxhash.xxh128_hexdigest(sample["media"])
-    assert all(s["media"] is None for s in run(tmp_path)[0].samples)
+    assert all(s["media"] is None for s in run(tmp_path)[0].samples_there)
 
 
 def test_webdataset_tars_are_read_like_files(tmp_path: Path) -> None:
@@ -343,10 +271,12 @@ def test_webdataset_tars_are_read_like_files(tmp_path: Path) -> None:
         tar.addfile(link)
     (packed / "in" / "torn.tar").write_bytes((packed / "in" / "src" / "0.tar").read_bytes()[:700])
     tars, rejects, *_ = run(packed)
-    assert {s["meta"]["source"] for s in tars.samples} == {"src"}
+    assert {s["meta"]["source"] for s in tars.samples_there} == {"src"}
 
-    def content(writer: ListWriter) -> list[tuple[str, str, list[float]]]:
-        return sorted((s["meta"]["caption"], s["bucket"].name, s["latents"].flatten().tolist()) for s in writer.samples)
+    def content(writer: ListSink) -> list[tuple[str, str, list[float]]]:
+        return sorted(
+            (s["meta"]["caption"], s["bucket"].name, s["latents"].flatten().tolist()) for s in writer.samples_there
+        )
 
     assert content(tars) == content(files)
     assert [row["file"].partition("/")[0] for row in rejects] == ["torn.tar"] * len(rejects) != []
@@ -385,9 +315,9 @@ def test_upscaling_and_cropping_are_limited(tmp_path: Path) -> None:
     put(tmp_path / "in" / "wide.mp4", make_scene("red", height=32, width=128), "wide")
     buckets = ["f9_h32_w32", "f9_h64_w64"]
     writer, *_ = run(tmp_path, buckets=buckets)
-    assert [s["bucket"].name for s in writer.samples] == ["f9_h32_w32"]
+    assert [s["bucket"].name for s in writer.samples_there] == ["f9_h32_w32"]
     writer, *_ = run(tmp_path, buckets=buckets, allow_upscale=True)
-    assert sorted(s["bucket"].name for s in writer.samples) == buckets
+    assert sorted(s["bucket"].name for s in writer.samples_there) == buckets
     with pytest.raises(UserError, match="cropping would lose 75%") as caught:
         run(tmp_path, buckets=["f9_h32_w32"], max_crop=0.5)
     assert "nothing was kept" in str(caught.value)
@@ -409,7 +339,7 @@ def test_mistakes_are_the_users_to_mend(case: str, tmp_path: Path) -> None:
     if case in ("no captions", "bucket", "output"):
         put(tmp_path / "in" / "a.mp4", make_scene("red"), None if case == "no captions" else "red")
     message = {
-        "missing": "not a folder",
+        "missing": "neither a folder nor a manifest",
         "empty": "no video or image files",
         "no captions": "no file has a caption",
         "bucket": "nearest is f9_h32_w32",
@@ -419,13 +349,13 @@ def test_mistakes_are_the_users_to_mend(case: str, tmp_path: Path) -> None:
         input=str(tmp_path / "in"), output="" if case == "output" else str(tmp_path / "out"), min_clip_s=1.0,
         buckets=["f8_h32_w32" if case == "bucket" else "f9_h32_w32"],
     )  # fmt: skip
-    writer = ListWriter()
+    writer = ListSink()
     with pytest.raises(UserError, match=message):
         curate(config, ToyVAE(), ToyText(), writer)
     assert not writer.closed
 
 
-def test_an_interrupted_run_does_not_close_the_writer(tmp_path: Path) -> None:
+def test_an_interrupted_run_adds_nothing_to_the_dataset_and_goes_on(tmp_path: Path) -> None:
     for n in range(3):
         put(tmp_path / "in" / f"{n}.mp4", make_scene("red", 10 + n), "red")
 
@@ -436,13 +366,17 @@ def test_an_interrupted_run_does_not_close_the_writer(tmp_path: Path) -> None:
             return super().encode(video)
 
     config = CurateConfig(
-        input=str(tmp_path / "in"), output=str(tmp_path / "out"), buckets=["f9_h32_w32"], min_clip_s=1.0, batch_size=1
-    )
-    writer = ListWriter()
+        input=str(tmp_path / "in"), output=str(tmp_path / "out"), buckets=["f9_h32_w32"], min_clip_s=1.0, batch_size=1,
+        dedup=DedupConfig(near=False),
+    )  # fmt: skip
+    writer = ListSink()
     with pytest.raises(KeyboardInterrupt):
         curate(config, Failing(), ToyText(), writer)
-    assert len(writer.samples) == 1
+    assert writer.added == 1
+    assert not writer.finished
     assert not writer.closed
+    assert curate(config, ToyVAE(), ToyText(), writer).kept == 3
+    assert len({sample["key"] for sample in writer.samples_there}) == 3
 
 
 def test_latents_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
@@ -458,9 +392,9 @@ def test_latents_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     config = CurateConfig(
         input=str(tmp_path / "in"), output=str(tmp_path / "out"), buckets=["f9_h32_w32"], min_clip_s=1.0
     )
-    writer = ListWriter()
+    writer = ListSink()
     report = curate(config, Overflowing(), ToyText(), writer)
-    assert [s["meta"]["caption"] for s in writer.samples] == ["red"]
+    assert [s["meta"]["caption"] for s in writer.samples_there] == ["red"]
     assert (report.kept, report.rejected) == (1, 1)
     assert "not finite" in (tmp_path / "out" / "rejects.jsonl").read_text()
 
@@ -469,7 +403,7 @@ def test_the_output_may_lie_in_the_input(tmp_path: Path) -> None:
     put(tmp_path / "a.mp4", make_scene("red"), "red")
     put(tmp_path / "out" / "shards" / "x.tar", b"not for reading")
     config = CurateConfig(input=str(tmp_path), output=str(tmp_path / "out"), buckets=["f9_h32_w32"], min_clip_s=1.0)
-    assert curate(config, ToyVAE(), ToyText(), ListWriter()).files == 1
+    assert curate(config, ToyVAE(), ToyText(), ListSink()).files == 1
 
 
 def test_a_crash_costs_one_task() -> None:

@@ -82,3 +82,35 @@ def test_clips_keep_their_bounds_at_any_rate() -> None:
         covered = [n for first, last in clips for n in range(first, last)]
         assert covered == list(range(start, start + len(covered)))  # in order, without gaps or overlap
         assert end - start - len(covered) < max(1, low * fps) + 1e-3
+
+
+def lit(video: np.ndarray, gains: dict[int, float]) -> np.ndarray:
+    """The video with some frames as through another light; 2 = half way to white, 0 = black."""
+    bright = video.astype(float)
+    for frame, gain in gains.items():
+        bright[frame] = bright[frame] * gain if gain <= 1 else 255 - (255 - bright[frame]) / gain
+    return bright.round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("detector", ["content", "adaptive"])
+@pytest.mark.parametrize(
+    "gains",
+    [
+        {20: 6.0},  # a flash of one frame
+        {20: 6.0, 21: 6.0},
+        {n: n / 5 for n in range(5)},  # a fade out of black
+        {43 - n: n / 5 for n in range(5)},  # and into it
+        {n: 1 + 5 / (n + 1) for n in range(6)},  # out of white
+    ],
+    ids=["flash", "longer flash", "fade in", "fade out", "from white"],
+)
+def test_light_that_changes_is_no_cut(detector: str, gains: dict[int, float]) -> None:
+    video = np.concatenate([scene(COLOURS[0], 14), scene(COLOURS[1], 30)])
+    assert find_scenes(lit(video, gains), 8, detector) == [(0, 14), (14, 44)]
+
+
+def test_a_cut_to_a_brighter_scene_is_one() -> None:
+    dark, bright = scene((40, 20, 20), 14), np.rot90(scene((230, 220, 180), 14), axes=(1, 2))
+    assert find_scenes(np.concatenate([dark, bright]), 8) == [(0, 14), (14, 28)]
+    leader = np.zeros_like(bright)  # black for more than a moment is a scene of its own
+    assert find_scenes(np.concatenate([leader, bright]), 8) == [(0, 14), (14, 28)]

@@ -9,7 +9,8 @@ import pytest
 from contentv.base.errors import UserError
 from contentv.curation.filters import FilterConfig, failures
 from contentv.curation.motion import measure_motion
-from contentv.curation.scorers import SCORERS, ClipScores, noise_level, score_clip
+from contentv.curation.scorers import SCORERS, ClipScores, score_clip
+from contentv.curation.scoring.pictures import noise_level
 from contentv.curation.synth_world import render_clip, sample_spec
 
 FPS = 8.0

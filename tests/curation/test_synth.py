@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -170,3 +171,26 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="is a file"):
         synthesize(tmp_path / "out", 1, 0)
+
+
+def test_blur_and_pace_are_drawn_apart_and_told() -> None:
+    plain, varied = (SynthConfig(seed=2, joined_share=0.5, **more) for more in ({}, {"blur_max": 0.03, "slowest": 0.1}))
+    for index in range(6):
+        old, new = sample_scenes(plain, index), sample_scenes(varied, index)
+        assert [scene.frames for scene in old] == [scene.frames for scene in new]
+        for before, after in zip(old, new, strict=True):
+            assert (before.spec.shape, before.spec.seed, before.spec.blur) == (after.spec.shape, after.spec.seed, 0.0)
+            assert 0 < after.spec.blur <= 0.03
+            assert 0.1 * before.spec.displacement <= after.spec.displacement <= before.spec.displacement
+    rows = truth_of(sample_scenes(varied, 0), 8, 64)["scenes"]
+    assert [row["blur"] for row in rows] == [round(scene.spec.blur, 5) for scene in sample_scenes(varied, 0)]
+    spec = sample_spec(np.random.default_rng(0), variant="clean")
+    sharp, soft = (render_clip(dataclasses.replace(spec, blur=blur), 1, 96)[0] for blur in (0.0, 0.02))
+    expected = cv2.GaussianBlur(sharp.astype(np.float32), (0, 0), 0.02 * 96)
+    assert np.abs(soft - expected).max() < 2
+
+
+@pytest.mark.parametrize("bad", [{"blur_max": 0.2}, {"slowest": 0.0}, {"slowest": 1.5}])
+def test_blur_and_pace_out_of_range_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(bad))):
+        SynthConfig(**bad)  # type: ignore[arg-type]

@@ -8,11 +8,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
+from broken_files import picture_of, rotated, variable_rate_mp4
 from PIL import Image
 
+from contentv.curation import video_io
 from contentv.curation.video_io import (
     DecodeError,
     encode_jpg_bytes,
@@ -105,6 +108,90 @@ def test_the_rotation_that_phones_write_is_applied(tmp_path: Path) -> None:
     assert np.abs(frames.astype(int) - expected).mean() < 3
 
 
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_pictures_are_turned_upright(degrees: int, tmp_path: Path) -> None:
+    clip = gradient_clip(3)
+    (tmp_path / "a.mp4").write_bytes(rotated(encode_mp4_bytes(clip, 24), degrees))
+    frames = read_video(tmp_path / "a.mp4").frames
+    expected = np.rot90(clip, -degrees // 90, axes=(1, 2))  # clockwise
+    assert frames.shape == expected.shape
+    assert np.abs(frames.astype(int) - expected).mean() < 3
+    with open(tmp_path / "a.mp4", "rb") as file, open_video(file, "a") as video:
+        assert [picture.size for picture in video.pictures()] == [expected.shape[1:3]] * 3
+
+
+def test_frames_at_uneven_times_keep_them(tmp_path: Path) -> None:
+    clip = gradient_clip(10)
+    data, times_s = variable_rate_mp4(clip, 8)
+    assert len({round(step, 3) for step in np.diff(times_s)}) > 5
+    with open_video(io.BytesIO(data), "a") as video:
+        found = [(float(picture.pts * video.stream.time_base), picture.to_rgb()) for picture in video.pictures()]
+    np.testing.assert_allclose([time_s for time_s, _ in found], times_s, atol=1e-3)
+    for picture, expected in zip((pixels for _, pixels in found), clip, strict=True):
+        assert np.abs(picture.astype(int) - expected).mean() < 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 10_000), (400, 16), (16, 162)])
+def test_strips_are_no_pictures(height: int, width: int, tmp_path: Path) -> None:
+    clip = np.zeros((2, height, width, 3), np.uint8)
+    write_mp4(clip, tmp_path / "a.mp4", 8)
+    Image.fromarray(clip[0]).save(tmp_path / "a.png")
+    for name in ("a.mp4", "a.png"):
+        with pytest.raises(DecodeError, match=rf"{width} x {height} pixels is too narrow .* 10 times") as caught:
+            read_video(tmp_path / name)
+        assert caught.value.rule == "picture_size"
+    write_mp4(np.zeros((2, 16, 160, 3), np.uint8), tmp_path / "b.mp4", 8)
+    assert read_video(tmp_path / "b.mp4").frames.shape == (2, 16, 160, 3)
+
+
+def test_what_a_video_may_demand_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_mp4_bytes(gradient_clip(), 24)
+
+    def read() -> int:
+        with open_video(io.BytesIO(data), "a") as video:
+            return sum(1 for _ in video.pictures())
+
+    assert read() == 8
+    monkeypatch.setattr(video_io, "MAX_FRAMES", 7)
+    with pytest.raises(DecodeError, match="more than 7 frames") as caught:
+        read()
+    assert caught.value.rule == "too_long"
+    monkeypatch.undo()
+    monkeypatch.setattr(video_io, "MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(DecodeError, match="48 x 32 pixels is too large") as caught:
+        read()
+    assert caught.value.rule == "picture_size"
+
+
+def test_the_stream_counts_and_not_what_the_header_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample entry says 32 x 16, the stream inside has more pixels."""
+    data = encode_mp4_bytes(np.zeros((2, 512, 512, 3), np.uint8), 24)
+    small = data.replace(struct.pack(">HH", 512, 512), struct.pack(">HH", 32, 16))  # of the sample entry
+    assert small != data
+    monkeypatch.setattr(video_io, "MAX_PIXELS", 256 * 256)
+    with pytest.raises(DecodeError, match="too large"), open_video(io.BytesIO(small), "a") as video:
+        list(video.pictures())
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(picture_of("x", 1, 32, 32)[0], format="rgb24")))
+        container.mux(cover.encode())
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(DecodeError, match="no video stream"):
+        read_video(path)
+
+
 BROKEN = {
     "cut-off tail": (lambda data: data[: int(len(data) * 0.7)], "cut short|damaged|not a video"),
     "damaged middle": (lambda data: data[: len(data) // 2] + bytes(8000) + data[len(data) // 2 + 8000 :], "damaged"),
@@ -129,8 +216,6 @@ def test_a_broken_video_names_the_file_and_the_reason(fault: str, tmp_path: Path
 
 def test_a_streamable_video_that_was_cut_off_is_noticed(tmp_path: Path) -> None:
     """With its header first, such a file opens as if it were whole; its end is missing."""
-    import av
-
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=24)
@@ -147,8 +232,6 @@ def test_a_streamable_video_that_was_cut_off_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_file_without_pictures(tmp_path: Path) -> None:
-    import av
-
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)

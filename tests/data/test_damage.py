@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from data_factory import SMALL, WIDE, build, key, keys_of, meta, source, tensors
 from safetensors.torch import save
 
 from contentv.base.errors import UserError
+from contentv.base.log import get_logger
 from contentv.base.types import ReaderRank
 from contentv.data import DatasetSource, read_metas, verify_dataset
+from contentv.data.index import scan_tar
 
 SHARD = f"shards/{SMALL.name}/000000.tar"
 
@@ -87,8 +90,9 @@ def test_all_ranks_and_restarts_replace_alike(tmp_path: Path) -> None:
     ranks = [source(path, reader=ReaderRank(rank, 2)) for rank in range(2)]
     halves = [keys_of(rank, 3) for rank in ranks]
     assert [k for a, b in zip(*halves, strict=True) for k in a + b] == whole
-    resumed = source(path)
-    resumed.load_state_dict({**resumed.state_dict(), "step": 2, "batch": 2})
+    stopped, resumed = source(path, reader=ReaderRank(1, 2)), source(path, workers=2)
+    keys_of(stopped, 2)
+    resumed.load_state_dict(stopped.state_dict())
     assert keys_of(resumed, 1)[0] == whole[8:]
 
 
@@ -200,7 +204,7 @@ def test_a_dataset_without_indexes_on_a_read_only_disk_is_read(tmp_path: Path, m
     def read_only(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("contentv.data.shards.write_atomic", read_only)
+    monkeypatch.setattr("contentv.data.entries.write_atomic", read_only)
     assert one_epoch(path, tmp_path)[0] == intact
     assert not index.exists()
 
@@ -257,6 +261,23 @@ HOSTILE: dict[str, Edit] = {
 }
 
 
+def list_unchecked(path: Path, name: str) -> None:
+    """Makes a tar part of a dataset with checksums that are right, as a hostile writer would."""
+    tar = path / "shards" / name
+    index = scan_tar(tar).index
+    tar.with_name(f"{tar.stem}.index.json").write_bytes(index.to_bytes())
+    record = json.loads((path / "dataset.json").read_text())
+    samples = len(index.entries)
+    record["buckets"][name.split("/")[0]]["samples"] += samples
+    record.pop("table", None)  # whose rows are fewer now
+    record["shards"].append(
+        {"name": name, "samples": samples, "bytes": index.num_bytes,
+         "xxh128": xxhash.xxh128_hexdigest(tar.read_bytes()),
+         "index_xxh128": xxhash.xxh128_hexdigest(index.to_bytes())}
+    )  # fmt: skip
+    (path / "dataset.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize("reason", HOSTILE, ids=list(HOSTILE))
 def test_contents_are_never_trusted(tmp_path: Path, reason: str) -> None:
     path = one_shard(tmp_path / "d", 4)
@@ -266,11 +287,7 @@ def test_contents_are_never_trusted(tmp_path: Path, reason: str) -> None:
             info = tarfile.TarInfo(f"odd.{suffix}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    with writer(path) as target:
-        target.adopt_shards()
-    if "elsewhere" in reason:  # adoption lists new sources; take it away again
-        text = (path / "dataset.json").read_text()
-        (path / "dataset.json").write_text(text.replace('"elsewhere"', '"another"'))
+    list_unchecked(path, f"{SMALL.name}/others.tar")
     stream = source(path, quarantine_path=tmp_path / "q.jsonl")
     seen = {k for step in keys_of(stream, 4) for k in step}
     assert seen == {key(i) for i in range(4)}
@@ -279,6 +296,57 @@ def test_contents_are_never_trusted(tmp_path: Path, reason: str) -> None:
     assert reason in told
     assert len(verify_dataset(path)) == 1
     assert {m["key"] for m in read_metas(path)} >= seen
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[" * 30_000, "cannot be read"),
+        (b'{"version": 1, "bytes": ' + b"9" * 5000 + b', "samples": []}', "cannot be read"),
+        (b" " * (1 << 20), "an index of"),
+    ],
+    ids=["depth", "digits", "size"],
+)
+def test_an_index_that_is_a_bomb_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes, told: str
+) -> None:
+    path = one_shard(tmp_path / "d", 4)
+    record = json.loads((path / "dataset.json").read_text())
+    record["shards"][0]["index_xxh128"] = None if told != "an index of" else xxhash.xxh128_hexdigest(content)
+    (path / "dataset.json").write_text(json.dumps(record))
+    (path / SHARD.replace(".tar", ".index.json")).write_bytes(content)
+    get_logger().propagate = True
+    try:
+        assert {k for step in keys_of(source(path), 2) for k in step} == {key(i) for i in range(4)}
+    finally:
+        get_logger().propagate = False
+    assert told in caplog.text
+
+
+def test_a_member_never_takes_more_memory_than_its_tar_has_bytes(tmp_path: Path) -> None:
+    path = one_shard(tmp_path / "d", 4)
+    index = path / SHARD.replace(".tar", ".index.json")
+    record = json.loads(index.read_text())
+    dataset = json.loads((path / "dataset.json").read_text())
+    huge = 1 << 44
+    record["bytes"] = dataset["shards"][0]["bytes"] = dataset["totals"]["bytes"] = 4 * huge
+    dataset["vae"].update(temporal_factor=1, spatial_factor=1)
+    dataset["buckets"] = {"f99999_h99999_w99999": {"samples": 4, "latent_shape": [2, 99999, 99999, 99999]}}
+    dataset["shards"][0]["name"] = "f99999_h99999_w99999/000000.tar"
+    for sample in record["samples"]:
+        sample["members"]["safetensors"]["size"] = huge - 1000
+    text = ",\n".join(json.dumps(sample) for sample in record["samples"])
+    index.write_text(f'{{"version": 1, "bytes": {4 * huge}, "samples": [\n{text}\n]}}\n')
+    dataset["shards"][0]["index_xxh128"] = xxhash.xxh128_hexdigest(index.read_bytes())
+    (path / "dataset.json").write_text(json.dumps(dataset))
+    (path / "shards" / SMALL.name).rename(path / "shards/f99999_h99999_w99999")
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="every sample"):
+            keys_of(source(path), 1)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
 
 
 class Canary:
@@ -303,10 +371,14 @@ def test_nothing_in_a_shard_is_executed_or_written_outside(tmp_path: Path, monke
         tar.addfile(link)
     before = sorted(tmp_path.rglob("*"))
     with writer(path) as target:
-        target.adopt_shards()
+        assert target.adopt_shards() == []
+    assert len(target.left_out) == 12, "`bad` has a json and a safetensors member by name, and neither is one"
+    list_unchecked(path, f"{SMALL.name}/others.tar")
     stream = source(path)
     assert {k for step in keys_of(stream, 5) for k in step} == {key(i) for i in range(4)}
-    assert stream.quarantined == 1, "`bad` has a json and a safetensors member by name, and neither is one"
+    assert stream.quarantined == 1
+    assert len(list(read_metas(path))) == 4
+    assert len(verify_dataset(path)) == 1
     assert not canary.exists()
     assert {p.name for p in set(tmp_path.rglob("*")) - set(before)} == {"others.index.json"}
 

@@ -32,7 +32,10 @@ def test_a_batch_holds_what_was_stored(dataset: Path) -> None:
     normaliser = Normaliser.load(dataset)
     mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in (VAE.latents_mean, VAE.latents_std))
     for step in range(8):
-        (batch,) = next(stream)
+        (read,) = next(stream)
+        assert {read.latents.dtype, read.text.tokens.dtype, read.text.pooled.dtype} == {torch.bfloat16}, "as stored"
+        batch = read.to(torch.device("cpu"))
+        assert batch.global_samples == 4
         assert batch.sample_index.tolist() == [4 * step + place for place in range(4)]
         for row, name in enumerate(batch.keys):
             i = int(name[-4:])

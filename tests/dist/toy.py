@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ def make_model(seed: int = 0, **changes: Any) -> MMDiT:
     """Returns an MMDiT whose every weight is random, so that every weight has a gradient."""
     model = MMDiT(MMDiTConfig(**{**SHAPE, **changes}))
     generator = torch.Generator().manual_seed(seed)
+    scale = 0.08 * (96 / model.config.inner_dim) ** 0.5  # wider models would blow activations up
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
             if "attn.norm_" in name:
                 parameter.add_(2.5)  # so that attention is far from uniform and its weights matter
     return model
@@ -65,8 +67,9 @@ def optim_config(**changes: Any) -> OptimConfig:
 
 
 def train_plainly(
-    model: nn.Module, steps: int, config: OptimConfig, max_steps: int, loss: Any = loss_sum
-) -> tuple[list[float], list[float]]:
+    model: nn.Module, steps: int, config: OptimConfig, max_steps: int, loss: Any = loss_sum,
+    after_step: Callable[[int], None] | None = None,
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Trains on whole batches with torch alone and returns (loss, gradient norm before clipping) of every step."""
     adamw = torch.optim.AdamW(
         model.parameters(), betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
@@ -81,6 +84,8 @@ def train_plainly(
         adamw.zero_grad()
         losses.append(value.item())
         norms.append(norm.item())
+        if after_step is not None:
+            after_step(step + 1)
     return losses, norms
 
 

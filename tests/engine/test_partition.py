@@ -13,13 +13,14 @@ import torch
 
 from contentv.engine.partition import Entry, Fragment, Partition
 from contentv.parallel.mesh import Mesh
-from contentv.parallel.tensor import take_part
+from contentv.parallel.tensor import Split, part_sizes, take_part
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((6, 4), None), ((6, 4), 0), ((6, 4), 1), ((8,), None), ((8,), 0), ((4, 2, 3, 1), None)]
+    ("shape", "dim"),
+    [((6, 4), None), ((6, 4), 0), ((6, 4), 1), ((8,), None), ((8,), 0), ((4, 2, 3, 1), None), ((5, 3), 0), ((3, 5), 1)],
 )
 def test_every_stretch_of_every_split(shape: tuple[int, ...], dim: int | None, tmp_path: Path) -> None:
     whole = torch.arange(float(math.prod(shape))).view(shape)
@@ -27,10 +28,11 @@ def test_every_stretch_of_every_split(shape: tuple[int, ...], dim: int | None, t
     tp = 1 if dim is None else 2
     with safetensors.safe_open(tmp_path / "w.safetensors", framework="pt") as f:
         for rank in range(tp):
-            local = whole if dim is None else take_part(whole, dim, rank, tp)
+            split = None if dim is None else Split(dim, part_sizes(shape[dim], tp), rank)
+            local = whole if split is None else take_part(whole, split)
             n = local.numel()
             for start, end in itertools.combinations(range(n + 1), 2):
-                entry = Entry("w", tuple(local.shape), dim, Fragment(1, 3, start, end - start))
+                entry = Entry("w", tuple(local.shape), split, Fragment(1, 3, start, end - start))
                 partition = Partition([entry], Mesh(tp=tp, rank=rank), CPU)
                 assert partition.whole_shape(entry) == shape
                 flats = [torch.zeros(2), torch.full((n + 5,), -1.0)]

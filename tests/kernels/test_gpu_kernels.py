@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contentv_kernels import attention, available, force, modulated_layer_norm, report
+from contentv_kernels import (
+    attention,
+    attention_part,
+    attention_part_backward,
+    available,
+    force,
+    modulated_layer_norm,
+    report,
+)
 from contentv_kernels.attention import sdpa
 from layer_norm_cases import SHAPES, assert_as_accurate_as_reference, make_inputs, value_and_gradients
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -115,3 +123,29 @@ def test_training_step_learns_and_agrees_with_the_references():
         value.backward()
         optimizer.step()
     assert value.item() < 0.9 * expected
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"), [("flash", torch.bfloat16), ("efficient", torch.bfloat16), ("efficient", torch.float32)]
+)
+def test_attention_in_parts_is_as_accurate_as_the_formula_step_by_step(impl, dtype):
+    draw = [torch.randn(2, n, 19, 64, device="cuda", dtype=torch.float64).to(dtype) for n in (333, 1357, 1357, 333)]
+    parts = [slice(0, 333), slice(333, 1357)]
+
+    def stepwise(inputs):
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 8).softmax(-1)
+        out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+
+    def in_parts(q, k, v, grad):
+        merged = [attention_part(q, k[:, part], v[:, part], impl=impl) for part in parts]
+        lse = torch.logsumexp(torch.stack([part_lse for _, part_lse in merged]), 0)
+        weights = [(part_lse - lse).exp().transpose(1, 2)[..., None] for _, part_lse in merged]
+        out = sum(o * w for (o, _), w in zip(merged, weights, strict=True)).to(q.dtype)
+        shares = [attention_part_backward(grad, q, k[:, p], v[:, p], out, lse, impl=impl) for p in parts]
+        return [out, sum(s[0].float() for s in shares), *(torch.cat([s[i] for s in shares], 1) for i in (1, 2))]
+
+    truth = stepwise([x.double() for x in draw])
+    for true, reference, ours in zip(truth, stepwise(draw), in_parts(*draw), strict=True):
+        assert (ours.double() - true).norm() <= 2 * (reference.double() - true).norm()

@@ -30,7 +30,7 @@ def make_batch(indices, dtype=torch.float32) -> Batch:
     return Batch(
         keys=[f"k{i}" for i in indices], captions=[f"clip {i}" for i in indices], bucket=Bucket(5, 24, 24),
         latents=latents, text=TextCond(tokens, pooled), motion=scores[:, 0], visual=scores[:, 1],
-        sample_index=torch.tensor(list(indices)),
+        sample_index=torch.tensor(list(indices)), global_samples=len(indices),
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def make_batch(dtype=torch.float64) -> Batch:
         latents=rand(B, C, T, SIZE, SIZE, seed=1).to(dtype),
         text=TextCond(rand(B, L, D, seed=2).to(dtype), rand(B, P, seed=3).to(dtype)),
         motion=torch.full((B,), 0.5), visual=torch.full((B,), 0.5), sample_index=torch.tensor([7, 8, 9]),
+        global_samples=B,
     )  # fmt: skip
 
 
@@ -348,6 +349,7 @@ def test_a_sample_does_not_depend_on_its_micro_batch():
         row = Batch(
             batch.keys[rows], batch.captions[rows], batch.bucket, batch.latents[rows], batch.text[rows],
             batch.motion[rows], batch.visual[rows], batch.sample_index[rows],
+            batch.global_samples,
         )  # fmt: skip
         parts += float(build()(model, row, 0).loss_sum.detach())
     assert float(whole.loss_sum.detach()) == pytest.approx(parts, rel=1e-9)

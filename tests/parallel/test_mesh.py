@@ -28,8 +28,30 @@ def test_tensor_ranks_are_neighbours_then_sequence_then_data() -> None:
     assert (Mesh(dp=2, sp=3, tp=4).world, Mesh(dp=2, sp=3, tp=4).zero) == (24, 6)
 
 
+def test_the_ring_is_outermost_among_the_sequence_ranks() -> None:
+    ring, ulysses, tp = 2, 3, 2
+    for rank, (_, place, u, t) in enumerate(itertools.product(range(2), range(ring), range(ulysses), range(tp))):
+        mesh = Mesh(dp=2, sp=ring * ulysses, tp=tp, rank=rank, ring=ring)
+        assert (mesh.sp_rank, mesh.tp_rank, mesh.ulysses) == (place * ulysses + u, t, ulysses)
+    assert mesh.describe() == "24 ranks = dp 2 x sp 6 (ring 2 x ulysses 3) x tp 2"
+    assert Mesh(sp=4).describe() == "4 ranks = dp 1 x sp 4 x tp 1"
+
+
+@pytest.mark.parametrize(("sp", "ring", "advice"), [(4, 3, "parallel.sp=4 parallel.ring=4"), (1, 2, "parallel.sp=1")])
+def test_a_ring_divides_the_sequence_ranks(sp: int, ring: int, advice: str) -> None:
+    with pytest.raises(UserError, match=f"sp={sp} ranks do not divide into a ring of {ring} places") as error:
+        check_layout(38, 8, sp, 1, ring)
+    assert error.value.where == "parallel.ring, parallel.sp"
+    assert advice in error.value.remedy
+    for choice in error.value.remedy.removeprefix("use ").split(" with ")[0].split(" or "):
+        keys = dict(part.removeprefix("parallel.").split("=") for part in choice.split())
+        check_layout(38, 8, int(keys["sp"]), int(keys["tp"]), int(keys.get("ring", 1)))
+    check_layout(38, 8, 4, 2, 2)
+
+
 @pytest.mark.parametrize(
-    ("heads", "world", "sp", "tp"), [(38, 1, 1, 1), (38, 8, 4, 2), (38, 8, 8, 1), (6, 4, 4, 1), (38, 256, 8, 2)]
+    ("heads", "world", "sp", "tp"),
+    [(38, 1, 1, 1), (38, 8, 4, 2), (38, 8, 8, 1), (6, 4, 4, 1), (38, 256, 8, 2), (38, 8, 1, 4), (38, 32, 4, 8)],
 )
 def test_possible_layouts(heads: int, world: int, sp: int, tp: int) -> None:
     check_layout(heads, world, sp, tp)
@@ -39,7 +61,7 @@ def test_possible_layouts(heads: int, world: int, sp: int, tp: int) -> None:
 @pytest.mark.parametrize(
     ("heads", "world", "sp", "tp", "fields", "advice"),
     [
-        (38, 8, 1, 4, "parallel.tp", "parallel.sp=1 parallel.tp=2"),  # 38 = 2 x 19
+        (3, 8, 1, 4, "parallel.tp", "parallel.sp=1 parallel.tp=2"),
         (38, 8, 3, 1, "parallel.sp, parallel.tp", "parallel.sp=4 parallel.tp=1"),
         (4, 2, 2, 2, "parallel.sp, parallel.tp", "parallel.sp=2 parallel.tp=1"),
         (4, 2, 0, 1, "parallel.sp, parallel.tp", "parallel.sp=1 parallel.tp=1"),
@@ -58,7 +80,7 @@ def test_impossible_layouts_name_fields_and_neighbours(
 
 
 @pytest.mark.parametrize(
-    "change", [{"sp": 0}, {"tp": -1}, {"zero_stage": 0}, {"offload": "disk"}, {"recompute": "some"},
+    "change", [{"sp": 0}, {"tp": -1}, {"ring": 0}, {"zero_stage": 0}, {"offload": "disk"}, {"recompute": "some"},
                {"offload": "all", "zero_stage": 2}]
 )  # fmt: skip
 def test_settings_out_of_range_name_their_key(change: dict[str, object]) -> None:

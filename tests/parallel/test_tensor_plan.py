@@ -8,7 +8,7 @@ import torch
 from contentv.base.errors import UserError
 from contentv.engine.plans import MMDIT_PLAN
 from contentv.models.mmdit import MMDiT, MMDiTConfig
-from contentv.parallel.tensor import matches, take_part
+from contentv.parallel.tensor import Split, matches, part_sizes, take_part
 
 # column layers with their biases: q, k, v of both streams, two first linears; four row weights
 SPLIT_PER_BLOCK = 2 * 6 + 2 * 2 + 4
@@ -38,9 +38,18 @@ def test_the_gradients_of_all_norms_of_queries_and_keys_are_summed() -> None:
     assert all(matches(n, MMDIT_PLAN.partial) for n in norms)
 
 
-def test_parts_make_up_the_whole() -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_parts_make_up_the_whole(parts: int) -> None:
     whole = torch.arange(48.0).view(6, 8)
     for dim in (0, 1):
-        assert torch.equal(torch.cat([take_part(whole, dim, i, 2) for i in range(2)], dim), whole)
-    with pytest.raises(UserError, match="does not divide into 4 parts"):
-        take_part(whole, 0, 0, 4)
+        sizes = part_sizes(whole.shape[dim], parts)
+        assert torch.equal(torch.cat([take_part(whole, Split(dim, sizes, i)) for i in range(parts)], dim), whole)
+
+
+def test_heads_are_dealt_out_whole_and_as_evenly_as_they_go() -> None:
+    assert part_sizes(38 * 64, 2, 64) == (19 * 64, 19 * 64)
+    assert part_sizes(38 * 64, 4, 64) == (640, 640, 576, 576)  # 10, 10, 9, 9
+    assert part_sizes(9728, 4) == (2432,) * 4
+    with pytest.raises(UserError, match="2432 features do not divide into 39 parts") as error:
+        part_sizes(38 * 64, 39, 64)
+    assert "at most 38" in error.value.remedy

@@ -240,10 +240,11 @@ def test_dataset_report_of_nothing(tmp_path: Path) -> None:
     assert "too few scored clips" in page.text
 
 
-def test_reject_without_reason_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rejects.jsonl").write_text('{"reason": "static"}\n{"why": "x"}\n')
-    with pytest.raises(UserError, match=r"rejects\.jsonl:2.*reason"):
-        write_dataset_report(tmp_path, [], {}, None, tmp_path / "r.html")
+def test_damaged_lines_of_rejects_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "rejects.jsonl").write_text('{"reason": "static"}\n{"why": "x"}\n[]\n{"reason": "torn')
+    page = Page(write_dataset_report(tmp_path, [], {}, None, tmp_path / "r.html"))
+    assert "1 rejected, by reason" in page.text
+    assert "3 lines of rejects.jsonl cannot be read" in page.text
 
 
 def make_demo(tmp_path: Path, **summary: Any) -> Page:

@@ -47,14 +47,19 @@ class RecordingEngine:
 
 
 class Source:
-    def __init__(self, events: list[Any], micro_batches: int = 2) -> None:
-        self.events, self.micro_batches, self.cursor = events, micro_batches, 0
+    """Steps of 4 clips in 2 micro-batches, or of the given numbers of clips, and then no more."""
+
+    quarantined = 3
+
+    def __init__(self, events: list[Any], clips: list[int] | None = None) -> None:
+        self.events, self.clips, self.cursor = events, clips, 0
 
     def __iter__(self):
-        while True:
+        while self.clips is None or self.cursor < len(self.clips):
             self.events.append(f"fetch {self.cursor}")
+            clips = 4 if self.clips is None else self.clips[self.cursor]
             self.cursor += 1
-            yield [make_batch() for _ in range(self.micro_batches)]
+            yield [make_batch(clips) for _ in range(2)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"cursor": self.cursor}
@@ -77,12 +82,13 @@ class Recorder:
         pass
 
 
-def make_batch() -> Batch:
+def make_batch(global_samples: int = 4) -> Batch:
     text = TextCond(torch.zeros(2, 3, 4), torch.zeros(2, 4))
     scores = torch.full((2,), 0.5)
     return Batch(
-        ["a", "b"], ["", ""], Bucket(1, 16, 16), torch.zeros(2, 4, 1, 2, 2), text, scores, scores, torch.arange(2)
-    )
+        ["a", "b"], ["", ""], Bucket(1, 16, 16), torch.zeros(2, 4, 1, 2, 2), text, scores, scores, torch.arange(2),
+        global_samples,
+    )  # fmt: skip
 
 
 def objective(model: Any, batch: Batch, step: int) -> LossOutput:
@@ -120,6 +126,36 @@ def test_rows_are_means_over_the_global_batch() -> None:
     assert row["step"] == 2
     assert row["tokens_seen"] == 80
     assert row["mfu"] is None
+    assert row["quarantined"] == 3
+
+
+def test_steps_count_the_clips_that_they_have() -> None:
+    """Under a token budget steps differ in clips: losses, counters and rows follow the step's own number."""
+    events: list[Any] = []
+    progress, recorder = train(
+        events, LoopConfig(max_steps=3, global_batch_size=4, log_every=1), fetch=Source(events, [4, 12, 8])
+    )
+    assert [e[1] for e in events if e[0] == "backward"] == [4, 4, 12, 12, 8, 8]
+    assert [row["loss"] for row in recorder.rows] == pytest.approx([1.0, 4 / 12, 4 / 8])
+    assert [row["samples_seen"] for row in recorder.rows] == [4, 16, 24]
+    assert (progress.samples_seen, progress.tokens_seen) == (24, 240)
+
+
+@pytest.mark.parametrize(("every", "saves"), [(0, ["save 2 cursor 2"]), (2, ["save 2 cursor 2"])])
+def test_data_that_are_used_up_end_the_stage_in_order(every: int, saves: list[str]) -> None:
+    events: list[Any] = []
+    config = LoopConfig(max_steps=9, global_batch_size=4, checkpoint_every=every, log_every=5)
+    progress, recorder = train(events, config, fetch=Source(events, [4, 4]))
+    assert progress.step == 2
+    assert [e for e in events if str(e).startswith("save")] == saves, "the final state is saved, once"
+    assert [row["step"] for row in recorder.rows] == [2], "the last step is logged"
+
+
+def test_data_too_few_for_a_step_are_the_users_to_mend() -> None:
+    events: list[Any] = []
+    with pytest.raises(UserError, match="too few samples"):
+        train(events, LoopConfig(max_steps=9, global_batch_size=4), fetch=Source(events, []))
+    assert not [e for e in events if str(e).startswith("save")]
 
 
 def test_a_signal_saves_before_the_next_batch_and_stops() -> None:
