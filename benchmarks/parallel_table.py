@@ -101,10 +101,13 @@ def parity_table() -> str:
 
 
 def newest_rows() -> list[dict[str, Any]]:
-    """Returns the newest row of every comparison that is about layouts, in the order of the tests."""
+    """Returns the newest row of every comparison that is about layouts, in the order of the tests.
+
+    Of several in one run, one for each rank, it is the worst.
+    """
     found: dict[str, dict[str, Any]] = {}
     rows = [row for path in RESULTS.glob("*_par*.jsonl") for row in read(path)]
-    for row in sorted(rows, key=lambda row: row["date"]):
+    for row in sorted(rows, key=lambda row: (row["date"], row["error"])):
         if row["test"].startswith(TESTS):
             found.pop(row["what"], None)
             found[row["what"]] = row

@@ -49,7 +49,7 @@ FOUR: dict[str, dict[str, Any]] = {
     "ring4 zero3": {"sp": 4, "ring": 4},
     "ulysses2 ring2 zero3": {"sp": 4, "ring": 2},
     "ring2 tp2 zero2": {"sp": 2, "ring": 2, "tp": 2, "zero_stage": 2, "steps": SHORTER},
-    "tp4 zero3, 6 heads as 2 2 1 1": {"tp": 4, "steps": SHORTER},
+    "tp4 zero3, 6 heads as 2 2 1 1": {"tp": 4, "steps": SHORTER, "reload": True},
     "sp4 zero3, 38 heads padded to 40": {"sp": 4, "model": MANY, "steps": SHORTER},
     "tp4 zero1, 38 heads as 10 10 9 9": {"tp": 4, "model": MANY, "zero_stage": 1, "steps": FEW},
 }
@@ -91,7 +91,7 @@ EIGHT: dict[str, dict[str, Any]] = {
 
 def layout(
     truth: str = "", steps: int = STEPS, micro_batches: int = 1, persist_below: int = 0, model: str = SIX,
-    plan: tensor.TensorPlan = MMDIT_PLAN, **parallel: Any,
+    plan: tensor.TensorPlan = MMDIT_PLAN, reload: bool = False, **parallel: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs in every process: losses and gradient norms of a layout, and how far its state is from the truth's."""
     engine = toy.make_engine(
@@ -105,8 +105,24 @@ def layout(
             state = dict(engine.state_tensors(ema=kind == "ema"))
             assert {f"{kind} {name}" for name in state} == {name for name in want if name.startswith(kind)}
             found[kind] = max(distance(value, want[f"{kind} {name}"]) for name, value in state.items())
+    if reload:
+        found["reloaded"] = reloads(engine, Path(truth) / "checkpoint")
     engine.close()
     return found
+
+
+def reloads(engine: zero.ZeroEngine, folder: Path) -> bool:
+    """Returns whether a checkpoint of uneven tensor ranks holds the same bits for one of data ranks, and for itself."""
+    engine.save(folder, {})
+    state = [value for ema in (False, True) for _, value in engine.state_tensors(ema=ema)]
+    same = []
+    for parallel in (ParallelConfig(zero_stage=1), ParallelConfig(tp=engine.mesh.tp)):
+        other = toy.make_engine(parallel, max_steps=MAX_STEPS, model=toy.make_model(99))
+        other.load(folder)
+        again = [value for ema in (False, True) for _, value in other.state_tensors(ema=ema)]
+        same.append(all(torch.equal(a, b) for a, b in zip(state, again, strict=True)))
+        other.close()
+    return all(same)
 
 
 def distance(value: Tensor, truth: Tensor) -> float:
@@ -256,6 +272,11 @@ def test_two_processes_follow_one(name: str, on_two: Any, truths: Any, parity: A
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_follow_one(name: str, on_four: Any, truths: Any, parity: Any) -> None:
     check(on_four, name, FOUR[name], truths, parity)
+
+
+@pytest.mark.dist
+def test_a_checkpoint_of_uneven_tensor_ranks_loads_on_any_layout(on_four: Any) -> None:
+    assert [r["tp4 zero3, 6 heads as 2 2 1 1"]["reloaded"] for r in on_four] == [True] * 4
 
 
 @pytest.mark.dist
