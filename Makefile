@@ -43,10 +43,15 @@ test-gpu: ## the tests that need a CUDA device, in the current Python environmen
 parity: $(STAMP) ## the tests that compare with published modules -> benchmarks/results/, docs/parity.md
 	$(BIN)/python benchmarks/parity.py
 
-bench: $(STAMP) ## after `make demo`: its numbers, and whether reuse pays -> benchmarks/results/
+bench: $(STAMP) ## after `make demo`: its numbers, reuse, the loader, curation, the plan -> benchmarks/results/
 	$(BIN)/python benchmarks/demo.py --demo $(OUT)
 	$(BIN)/python benchmarks/reuse.py --demo $(OUT)
 	$(BIN)/python benchmarks/model_step.py
+	$(BIN)/python benchmarks/loader_speed.py
+	$(BIN)/python benchmarks/data_scale.py
+	$(BIN)/python benchmarks/curate_speed.py
+	$(BIN)/python benchmarks/score_meaning.py
+	$(BIN)/python benchmarks/plan_accuracy.py
 
 bench-gpu: ## kernels and a training step at the 8B width against diffusers -> benchmarks/results/
 	$(PYTHON) benchmarks/gpu_kernels.py
