@@ -21,7 +21,7 @@ setup(
     },
     install_requires=[
         "torch>=2.10",
-        "deepspeed>=0.19,<0.20",  # engine/zero.py overrides one of its methods
+        "deepspeed>=0.19,<0.20",  # engine/partitioner.py overrides one of its methods
         "diffusers>=0.36",
         "transformers>=4.57",
         "peft>=0.17",
@@ -32,6 +32,7 @@ setup(
         "fsspec[http]>=2024.2",  # datasets behind a URL; small, and already there as torch's own requirement
         "hydra-core>=1.3",
         "jaxtyping>=0.3",
+        "msgspec>=0.18",
         "numpy>=1.26",
         "scipy>=1.11",
         "xxhash>=3.4",

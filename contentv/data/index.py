@@ -14,8 +14,9 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
+import msgspec
 import xxhash
 
 from contentv.data.files import pread_exactly
@@ -24,33 +25,44 @@ INDEX_VERSION = 1
 BLOCK_BYTES = 512
 CHUNK_BYTES = 1 << 22
 MAX_META_BYTES = 1 << 20
-SUFFIXES = ("json", "safetensors", "mp4", "jpg")  # all that is ever read; other members are left alone
 _KEY_PART = re.compile(r"[\w\-+=@,~ ()]+", re.ASCII)
 _PLAIN_KEY = re.compile(r"[\w\-]{1,200}", re.ASCII)
-_HEX = re.compile(r"[0-9a-f]{32}")
+
+SUFFIXES = ("json", "safetensors", "mp4", "jpg")  # all that is ever read; other members are left alone
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Score = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None  # JSON has neither infinities nor NaN
 
 
 class DamagedShardError(Exception):
     """A shard (or its index) is not what it should be as a whole."""
 
 
-class Member(NamedTuple):
+class Member(msgspec.Struct, frozen=True):
     """The payload of one tar member: place and size in bytes, and its xxh128 in hex."""
 
-    offset: int
-    size: int
-    xxh128: str
+    offset: Bytes
+    size: Bytes
+    xxh128: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
 
 
-@dataclass
-class IndexEntry:
+class IndexEntry(msgspec.Struct):
     """One sample of a shard: its members by suffix, and what the order of training needs to know about it."""
 
     key: str
     members: dict[str, Member]
     source: str | None = None
-    visual_raw: float | None = None
-    motion_raw: float | None = None
+    visual_raw: Score = None
+    motion_raw: Score = None
+
+
+class _IndexFile(msgspec.Struct):
+    version: int
+    bytes: Bytes
+    samples: list[IndexEntry]
+
+
+_ENTRY = msgspec.json.Decoder(IndexEntry)
+_INDEX_FILE = msgspec.json.Decoder(_IndexFile)
 
 
 @dataclass
@@ -68,7 +80,7 @@ class ShardIndex:
                 "source": entry.source,
                 "visual_raw": entry.visual_raw,
                 "motion_raw": entry.motion_raw,
-                "members": {suffix: member._asdict() for suffix, member in sorted(entry.members.items())},
+                "members": {suffix: msgspec.structs.asdict(member) for suffix, member in sorted(entry.members.items())},
             }
             for entry in self.entries
         ]
@@ -83,17 +95,12 @@ class ShardIndex:
             DamagedShardError: it is not an index of this version, or names or places in it cannot be right.
         """
         try:
-            record = json.loads(data)
-            if record["version"] != INDEX_VERSION:
-                raise DamagedShardError(f"index version {record['version']!r} is unknown")
-            index = cls(_count(record["bytes"]), [entry_of(sample) for sample in record["samples"]])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            record = _INDEX_FILE.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DamagedShardError(f"the index cannot be read ({error})") from error
-        for entry in index.entries:
-            for suffix, member in entry.members.items():
-                if member.offset + member.size > index.num_bytes:
-                    raise DamagedShardError(f"the index places {entry.key}.{suffix} past the end of the tar")
-        return index
+        if record.version != INDEX_VERSION:
+            raise DamagedShardError(f"index version {record.version} is unknown")
+        return cls(record.bytes, [checked_entry(entry, record.bytes) for entry in record.samples])
 
 
 @dataclass
@@ -303,29 +310,45 @@ def _describe(entry: IndexEntry, content: bytes) -> None:
     entry.visual_raw, entry.motion_raw = visual, motion
 
 
-def entry_of(sample: Any) -> IndexEntry:
-    """Returns a sample of an index file; anything that cannot be right raises ValueError, KeyError or TypeError."""
-    key, source, members = sample["key"], sample["source"], {}
-    if not (_PLAIN_KEY.fullmatch(key) or split_member(f"{key}.json")[0] == key):
-        raise ValueError(f"sample {key!r} has a name that is not allowed")
-    for suffix, member in sample["members"].items():
-        if suffix not in SUFFIXES:
-            raise ValueError(f"sample {key!r} has members that are not allowed")
-        offset, size, checksum = member["offset"], member["size"], member["xxh128"]
-        if not (type(offset) is int and type(size) is int and offset >= 0 and size >= 0 and _HEX.fullmatch(checksum)):
-            raise ValueError(f"{key}.{suffix} has a place or a checksum that cannot be right")
-        members[suffix] = Member(offset, size, checksum)
+def entry_of(line: bytes | memoryview, num_bytes: int) -> IndexEntry:
+    """Returns the sample that a line of an index describes.
+
+    Args:
+        num_bytes: of the tar.
+
+    Raises:
+        DamagedShardError: it cannot be right.
+    """
+    try:
+        return checked_entry(_ENTRY.decode(line), num_bytes)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedShardError(f"the index cannot be read ({error})") from error
+
+
+def checked_entry(entry: IndexEntry, num_bytes: int) -> IndexEntry:
+    """Returns `entry`, whose types are right, if its names and places can be too.
+
+    Raises:
+        DamagedShardError: they cannot.
+    """
+    key, members = entry.key, entry.members
+    if not (_PLAIN_KEY.fullmatch(key) or _is_plain(key)):
+        raise DamagedShardError(f"the index names a sample {key!r}, which is not allowed")
     if "json" not in members or "safetensors" not in members:
-        raise ValueError(f"sample {key!r} lacks .json or .safetensors")
-    if source is not None and type(source) is not str:
-        raise ValueError(f"source {source!r} is not a name")
-    return IndexEntry(key, members, source, _score(sample["visual_raw"]), _score(sample["motion_raw"]))
+        raise DamagedShardError(f"sample {key!r} lacks .json or .safetensors in the index")
+    for suffix, member in members.items():
+        if suffix not in SUFFIXES:
+            raise DamagedShardError(f"the index names {key}.{suffix}, which is not allowed")
+        if member.offset + member.size > num_bytes:
+            raise DamagedShardError(f"the index places {key}.{suffix} past the end of the tar")
+    return entry
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a number of bytes")
-    return value
+def _is_plain(key: str) -> bool:
+    try:
+        return split_member(f"{key}.json")[0] == key
+    except ValueError:
+        return False
 
 
 def _score(value: Any) -> float | None:

@@ -165,6 +165,17 @@ class JoinedStore:
         sample = store.read(bucket, number)
         return sample, *normaliser.scores(sample.meta)
 
+    def media(self, bucket: str, number: int) -> tuple[str, bytes] | None:
+        """Returns (suffix, encoded clip) of a sample, None if none was stored.
+
+        Raises:
+            BadSampleError: it is damaged.
+            UserError: the data's source is gone.
+        """
+        store, _, number = self._place(bucket, number)
+        shard, position = store.tables[bucket].locate(number)
+        return store.pool.reader(shard).media(position)
+
     def read_batch(self, bucket: str, numbers: Sequence[int], threads: Threads | None = None) -> BatchRead:
         """Returns samples as one micro-batch, in the given order; damaged ones are replaced as by `read`.
 
@@ -174,11 +185,14 @@ class JoinedStore:
             threads: that read at once; None reads in the calling thread.
         """
 
-        rows = self._stores[self._held[bucket][0]].rows(bucket, len(numbers))
+        pool = self._stores[self._held[bucket][0]].pool
+        rows = pool.rows(bucket, len(numbers))
         if rows is not None:  # read to where they are wanted, with nothing left to copy
             described = self._read_rows(bucket, numbers, rows, threads)
             if described is not None:
-                return BatchRead(described, rows.tensors)
+                tensors = rows.tensors()
+                pool.give_back(rows)
+                return BatchRead(described, tensors)
         if threads is None:
             read = [self.read(bucket, number) for number in numbers]
         else:
@@ -195,23 +209,34 @@ class JoinedStore:
         The threads fetch while the calling one checks: so they need Python's lock in turns and not all at once.
         """
 
+        placed = [self._place(bucket, number) for number in numbers]
+
         def fetch(row: int) -> tuple[Fetched | None, Described | None]:
-            store, _, number = self._place(bucket, numbers[row])
+            store, _, number = placed[row]
             fetched = store.fetch_into(bucket, number, rows, row)
             if fetched is None and threads is not None:  # from afar, or damaged: the thread has to wait, not the caller
                 return None, accept(row, None)
             return fetched, None
 
         def accept(row: int, fetched: Fetched | None) -> Described | None:
-            store, normaliser, number = self._place(bucket, numbers[row])
+            store, normaliser, number = placed[row]
             meta = store.accept(bucket, number, rows, row, fetched)
             return None if meta is None else (meta, *normaliser.scores(meta))
 
         places = range(len(numbers))
         fetches = threads.each(fetch, len(numbers)) if threads else ((row, fetch(row)) for row in places)
         found: dict[int, Described | None] = {}
+        unchecked: dict[int, Fetched] = {}
         for row, (fetched, described) in fetches:
-            found[row] = described if threads is not None and fetched is None else accept(row, fetched)
+            found[row] = result = described if threads is not None and fetched is None else accept(row, fetched)
+            if fetched is not None and result is not None and fetched.is_new(result[0]["key"]):
+                unchecked[row] = fetched
+        not_finite = rows.not_finite(list(unchecked))
+        for row, fetched in unchecked.items():
+            if row in not_finite:
+                found[row] = accept(row, None)  # reads it again, puts it down and replaces it
+            else:
+                fetched.found_finite()
         ordered = [found[row] for row in places]
         kept = [described for described in ordered if described is not None]
         return kept if len(kept) == len(ordered) else None

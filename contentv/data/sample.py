@@ -7,23 +7,22 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+from typing_extensions import NotRequired
 
 from contentv.data.dataset import TextInfo
-from contentv.data.index import MAX_META_BYTES
+from contentv.data.index import MAX_META_BYTES, Score
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 MAX_HEADER_BYTES = 1 << 16
-KINDS = ("image", "video")
 _NUMBERS = ("fps", "start_s", "duration_s")
-_COUNTS = ("num_frames", "height_px", "width_px")
-_SCORES = ("visual_raw", "motion_raw")
 _OPTIONAL: dict[str, Any] = {"visual_raw": None, "motion_raw": None, "scores": {}, "media_xxh128": None}
 # The smallest integer, as signed and as unsigned, whose bits are an infinity: of either sign, everything from there on
 # is an infinity or NaN.
@@ -33,10 +32,33 @@ INFINITY: dict[torch.dtype, tuple[Any, int, Any, int]] = {
     torch.float32: (np.dtype(np.int32), 0x7F800000, np.dtype(np.uint32), 0xFF800000),
 }
 _MAX_LAYOUTS = 64
-_FLOATS = (float, int)
-_DECODER = json.JSONDecoder()
 _LENGTH = struct.Struct("<Q")
-META_FIELDS = ("key", "caption", "source", "kind", *_COUNTS, *_NUMBERS, *_SCORES, "scores", "media_xxh128")
+_AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+_NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+
+
+class _Meta(TypedDict):
+    """What KEY.json holds."""
+
+    key: str
+    caption: str
+    source: Annotated[str, msgspec.Meta(min_length=1)]
+    kind: Literal["image", "video"]
+    num_frames: _AtLeastOne
+    height_px: _AtLeastOne
+    width_px: _AtLeastOne
+    fps: _NotNegative
+    start_s: _NotNegative
+    duration_s: _NotNegative
+    visual_raw: NotRequired[Score]
+    motion_raw: NotRequired[Score]
+    scores: NotRequired[dict[str, Any]]
+    media_xxh128: NotRequired[str | None]
+
+
+_META = msgspec.json.Decoder(_Meta)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+META_FIELDS = tuple(_Meta.__annotations__)
 
 
 class BadSampleError(Exception):
@@ -89,67 +111,35 @@ class SampleShapes:
         return 8 + MAX_HEADER_BYTES + 4 * sum(math.prod(shape) for _, shape in self.items())
 
 
-def loads(data: bytes | bytearray) -> Any:
-    """Returns what `json.loads` returns, sooner for the UTF-8 without space around it that we write."""
-    try:
-        value, end = _DECODER.raw_decode(str(data, "utf-8"))
-        if end == len(data):
-            return value
-    except ValueError:
-        pass  # another encoding, or no JSON: json.loads tells which
-    return json.loads(data)
-
-
 def check_meta(meta: Mapping[str, Any]) -> None:
     """Passes over a sample's description that has every field with the right type and range.
 
     Raises:
         BadSampleError: a field is missing, has another type, or is out of range.
     """
-    if not _is_sound(meta):
-        _explain(meta)
-
-
-def _is_sound(meta: Mapping[str, Any]) -> bool:
-    """Whether `_explain` would find nothing: the same rules, in the form that costs least."""
     try:
-        visual, motion, media = meta["visual_raw"], meta["motion_raw"], meta["media_xxh128"]
-        frames, height, width = meta["num_frames"], meta["height_px"], meta["width_px"]
-        fps, start, duration = meta["fps"], meta["start_s"], meta["duration_s"]
-        return (
-            type(meta["key"]) is type(meta["caption"]) is type(meta["source"]) is str
-            and meta["source"] != ""
-            and meta["kind"] in KINDS
-            and type(frames) is type(height) is type(width) is int
-            and 1 <= frames <= 1e300 and 1 <= height <= 1e300 and 1 <= width <= 1e300
-            and type(fps) in _FLOATS and type(start) in _FLOATS and type(duration) in _FLOATS
-            and 0 <= fps <= 1e300 and 0 <= start <= 1e300 and 0 <= duration <= 1e300
-            and (visual is None or (type(visual) in _FLOATS and -1e300 <= visual <= 1e300))
-            and (motion is None or (type(motion) in _FLOATS and -1e300 <= motion <= 1e300))
-            and type(meta["scores"]) is dict
-            and (media is None or type(media) is str)
-        )  # fmt: skip
-    except (KeyError, TypeError):
-        return False
-
-
-def _explain(meta: Mapping[str, Any]) -> None:
-    missing = [name for name in META_FIELDS if name not in meta]
-    if missing:
-        raise BadSampleError(f"KEY.json lacks {', '.join(missing)}")
-    for name in ("key", "caption", "source"):
-        _require(isinstance(meta[name], str), name, meta[name], "a string")
-    _require(meta["source"] != "", "source", "", "a name")
-    _require(meta["kind"] in KINDS, "kind", meta["kind"], "image or video")
-    for name in _COUNTS:
-        _require(_is_number(meta[name], (int,)) and meta[name] >= 1, name, meta[name], "a positive integer")
+        msgspec.convert(meta, _Meta)
+    except msgspec.ValidationError as error:
+        raise BadSampleError(_told(error, meta)) from error
     for name in _NUMBERS:
-        _require(_is_number(meta[name]) and meta[name] >= 0, name, meta[name], "a finite number, at least 0")
-    for name in _SCORES:
-        _require(meta[name] is None or _is_number(meta[name]), name, meta[name], "a finite number or null")
-    _require(isinstance(meta["scores"], dict), "scores", meta["scores"], "an object")
-    media = meta["media_xxh128"]
-    _require(media is None or isinstance(media, str), "media_xxh128", media, "a hex string or null")
+        if math.isnan(meta[name]):
+            raise BadSampleError(f"KEY.json: {name} is not a number")
+
+
+def _told(error: msgspec.ValidationError, meta: Any) -> str:
+    """Returns what is wrong with a description, with the value that is."""
+    what, _, place = str(error).partition(" - at `$.")
+    name = place.rstrip("`")
+    if isinstance(meta, Mapping) and name in meta:
+        return f"KEY.json: {name} is {meta[name]!r} ({what})"
+    return f"KEY.json: {error}"
+
+
+def _any_json(data: bytes | bytearray | memoryview) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except _UNREADABLE:
+        return None
 
 
 def encode_meta(meta: Mapping[str, Any]) -> bytes:
@@ -171,7 +161,7 @@ def encode_meta(meta: Mapping[str, Any]) -> bytes:
         raise BadSampleError(f"KEY.json cannot be written ({error})") from error
 
 
-def decode_meta(data: bytes | bytearray, key: str) -> dict[str, Any]:
+def decode_meta(data: bytes | bytearray | memoryview, key: str) -> dict[str, Any]:
     """Returns the checked content of KEY.json.
 
     Raises:
@@ -180,14 +170,11 @@ def decode_meta(data: bytes | bytearray, key: str) -> dict[str, Any]:
     if len(data) > MAX_META_BYTES:
         raise BadSampleError(f"KEY.json has {len(data)} bytes")
     try:
-        meta = loads(data)
-    except (ValueError, RecursionError) as error:
+        meta = {**_OPTIONAL, **_META.decode(data)}
+    except msgspec.ValidationError as error:
+        raise BadSampleError(_told(error, _any_json(data))) from error
+    except _UNREADABLE as error:
         raise BadSampleError(f"KEY.json is not JSON ({error})") from error
-    if not isinstance(meta, dict):
-        raise BadSampleError("KEY.json is not an object")
-    if not _is_sound(meta):
-        meta = {**_OPTIONAL, **meta}
-        check_meta(meta)
     if meta["key"] != key:
         raise BadSampleError(f"KEY.json is of another sample ({meta['key']!r})")
     return meta
@@ -298,14 +285,5 @@ def all_finite(values: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def _is_number(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
-    return type(value) in kinds and abs(value) <= 1e300  # False for NaN, and for bool, which is not a number here
-
-
 def _null_if_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise BadSampleError(f"{name} is {value!r}, not {expected}")

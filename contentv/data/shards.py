@@ -13,7 +13,7 @@ import xxhash
 from webdataset import TarWriter
 
 from contentv.base.errors import UserError
-from contentv.data.batch_rows import BatchRows
+from contentv.data.batch_rows import BatchRows, RowsPool
 from contentv.data.dataset import DatasetInfo, ShardInfo
 from contentv.data.entries import Entries, load_entries
 from contentv.data.files import disk_errors, sync_folder, write_atomic
@@ -118,11 +118,23 @@ class ShardWriter:
 
 
 class Fetched(NamedTuple):
-    """A sample whose tensors lie in a row of a batch: its reader, what the index says, and what lay before them."""
+    """A sample whose tensors lie in a row of a batch: whose it is, what the index says, and what lay before them."""
 
     reader: ShardReader
+    position: int
     entry: IndexEntry
     head: bytearray
+
+    def is_new(self, key: str) -> bool:
+        """Whether the row holds this sample, of that key, and its values are still to be looked at.
+
+        Once is enough: bytes with the same checksum are finite again.
+        """
+        return not self.reader.known_finite[self.position] and self.entry.key == key
+
+    def found_finite(self) -> None:
+        """Notes that its values are finite."""
+        self.reader.known_finite[self.position] = 1
 
 
 class ShardReader:
@@ -141,6 +153,7 @@ class ShardReader:
     def __init__(self, info: DatasetInfo, shard: ShardInfo, shapes: SampleShapes | None = None) -> None:
         self.shard = shard
         self.entries: Entries = load_entries(info, shard)
+        self.known_finite = bytearray(len(self.entries))  # 1 for samples whose values need not be looked at again
         self._shapes = shapes or SampleShapes.of(info.latent_shape(shard.bucket), info.text)
         self._sources = info.sources
         self._storage = info.storage
@@ -203,11 +216,13 @@ class ShardReader:
             return None
         head = bytearray(meta.size + gap + len(rows.prefix))
         wanted = len(head) + tensors.size - len(rows.prefix)
-        count = self._storage.read_into(self._file, meta.offset, [head, *rows.parts(row)])
-        return Fetched(self, entry, head) if count == wanted else None
+        count = self._storage.read_into(self._file, meta.offset, [head, *rows.parts[row]])
+        return Fetched(self, position, entry, head) if count == wanted else None
 
     def accept(self, fetched: Fetched, rows: BatchRows, row: int) -> dict[str, Any] | None:
         """Returns the description of a sample that was fetched into a row; None if it is not sound: `read` tells why.
+
+        Whether its values are finite is for `BatchRows.not_finite` to say, of all rows at once.
 
         Raises:
             BadSampleError: the description cannot be right.
@@ -217,7 +232,7 @@ class ShardReader:
         if (
             xxhash.xxh128_hexdigest(described) != meta.xxh128
             or not head.endswith(rows.prefix)
-            or not rows.is_sound(row, fetched.entry.members["safetensors"].xxh128)
+            or not rows.has(row, fetched.entry.members["safetensors"].xxh128)
         ):
             return None
         return self._meta(described, fetched.entry)
@@ -293,6 +308,7 @@ class ShardPool:
         self._open: OrderedDict[str, ShardReader] = OrderedDict()
         self._damaged: dict[str, str] = {}
         self._shapes: dict[str, SampleShapes] = {}
+        self._rows = RowsPool()
         self._lock = threading.Lock()
 
     def reader(self, shard: ShardInfo) -> ShardReader:
@@ -339,7 +355,11 @@ class ShardPool:
         if shapes is None or not shapes.known:
             return None
         header, layouts = list(shapes.known.items())[-1]  # a copy: other threads may add to it
-        return BatchRows(len(header).to_bytes(8, "little") + header, layouts, count)
+        return self._rows.take(len(header).to_bytes(8, "little") + header, layouts, count)
+
+    def give_back(self, rows: BatchRows) -> None:
+        """Takes back what `rows` has returned, with its tensors still in use or not."""
+        self._rows.give_back(rows)
 
     def close(self) -> None:
         """Forgets the readers and closes their files; both come back with the next read."""

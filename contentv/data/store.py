@@ -75,10 +75,6 @@ class SampleStore:
                     self._quarantine.add(shard.name, reader.key(position) if reader else "*", str(error))
         raise UserError(f"every sample of bucket {bucket} is damaged", where="data", remedy="restore the dataset")
 
-    def rows(self, bucket: str, count: int) -> BatchRows | None:
-        """Returns room for `count` samples of a bucket to be read into; None before its first sample was read."""
-        return self.pool.rows(bucket, count)
-
     def fetch_into(self, bucket: str, sample: int, rows: BatchRows, row: int) -> Fetched | None:
         """Reads a sample into a row of `rows` for `accept` to check; None where that is not possible.
 

@@ -229,13 +229,15 @@ def raw_header(header: dict[str, Any], payload: int = 300) -> bytes:
 
 HOSTILE: dict[str, Edit] = {
     "KEY.json is of another sample": lambda m, t: stored({**m, "key": key(0)}, t),
-    "KEY.json lacks caption": lambda m, t: stored({k: v for k, v in m.items() if k != "caption"}, t),
+    "KEY.json: Object missing required field `caption`": lambda m, t: stored(
+        {k: v for k, v in m.items() if k != "caption"}, t
+    ),
     "fps is": lambda m, t: stored({**m, "fps": "fast"}, t),
     "num_frames is": lambda m, t: stored({**m, "num_frames": 10**400}, t),
     "source 'elsewhere' is not in dataset.json": lambda m, t: stored({**m, "source": "elsewhere"}, t),
     "KEY.json is not JSON": lambda m, t: {**stored(m, t), "json": b"\x80\x04pickle"},
-    "KEY.json is not JSON (maximum": lambda m, t: {**stored(m, t), "json": b"[" * 200_000},
-    "KEY.json is not an object": lambda m, t: {**stored(m, t), "json": b"[]"},
+    "KEY.json: Expected `object`, got `array`": lambda m, t: {**stored(m, t), "json": b"[" * 200_000},
+    "KEY.json is not JSON (maximum": lambda m, t: {**stored(m, t), "json": b'{"scores": {"a":' + b"[" * 200_000},
     "at most 1048576 are possible": lambda m, t: {**stored(m, t), "json": b" " * (1 << 21)},
     "latents is F64": lambda m, t: stored(m, {**t, "latents": t["latents"].double()}),
     "latents is I64": lambda m, t: stored(m, {**t, "latents": t["latents"].long()}),

@@ -178,7 +178,7 @@ def test_flush_makes_what_is_there_a_dataset_and_goes_on(tmp_path: Path) -> None
         ({"meta": meta(0, fps=float("inf"))}, "fps"),
         ({"meta": meta(0, visual_raw="high")}, "visual_raw"),
         ({"meta": meta(0, colour="red")}, "unknown fields colour"),
-        ({"meta": {"caption": "only this"}}, "lacks"),
+        ({"meta": {"caption": "only this"}}, "missing required field"),
     ],
 )
 def test_what_does_not_belong_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
