@@ -46,12 +46,14 @@ parity: $(STAMP) ## the tests that compare with published modules -> benchmarks/
 bench: $(STAMP) ## after `make demo`: its numbers, reuse, the loader, curation, the plan -> benchmarks/results/
 	$(BIN)/python benchmarks/demo.py --demo $(OUT)
 	$(BIN)/python benchmarks/reuse.py --demo $(OUT)
+	$(BIN)/python benchmarks/gradients.py --demo $(OUT)
 	$(BIN)/python benchmarks/model_step.py
 	$(BIN)/python benchmarks/loader_speed.py
 	$(BIN)/python benchmarks/data_scale.py
 	$(BIN)/python benchmarks/curate_speed.py
 	$(BIN)/python benchmarks/score_meaning.py
 	$(BIN)/python benchmarks/plan_accuracy.py
+	$(BIN)/python benchmarks/tqd_cost.py
 
 bench-gpu: ## kernels and a training step at the 8B width against diffusers -> benchmarks/results/
 	$(PYTHON) benchmarks/gpu_kernels.py

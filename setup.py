@@ -38,7 +38,7 @@ setup(
         "xxhash>=3.4",
         "av>=14",
         "opencv-python-headless>=4.10",
-        "scenedetect>=0.6.5",
+        "scenedetect-headless>=0.7",  # scenedetect itself brings the OpenCV that needs X libraries, which servers lack
         "pillow>=10",
         "rich>=13",
         "pyyaml>=6",

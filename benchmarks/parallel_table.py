@@ -3,12 +3,16 @@
 python benchmarks/parallel_table.py                   # write the page's tables (`make docs`)
 python benchmarks/parallel_table.py --measure quick   # first run the layouts of `make test`; append the rows
 python benchmarks/parallel_table.py --measure slow    # the others: 8 processes, real stages
+python benchmarks/parallel_table.py --measure all     # both
+
+Rows are kept test by test. Run again on the same commit, it measures what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,11 +27,24 @@ from contentv.base.types import Bucket, TokenCounts
 from contentv.config.figures import filled, in_gib, tokens_of
 from contentv.models.cost import RECOMPUTES, activation_bytes, weight_bytes
 from contentv.models.mmdit import MMDiTConfig
-from contentv.parallel.traffic import all_reduce_bytes, all_to_all_bytes, head_counts, head_overhead, ring_bytes
+from contentv.parallel.traffic import (
+    all_reduce_bytes,
+    all_to_all_bytes,
+    head_counts,
+    head_overhead,
+    ring_bytes,
+    sequence_norms_bytes,
+)
 from contentv.parallel.ulysses import padded_part
 
 PAGE = ROOT / "docs" / "parallelism.md"
-TESTS = ("tests/dist/test_layouts.py", "tests/dist/test_ring.py", "tests/dist/test_stage_layouts.py")
+STAGES = "tests/dist/test_stage_layouts.py"
+TESTS = (
+    "tests/dist/test_layouts.py", "tests/dist/test_zero_options.py", STAGES, "tests/dist/test_exact.py",
+    "tests/dist/test_ring.py",
+)  # fmt: skip
+PROCESSES = re.compile(r"(\d+) process(?:es)?, ")
+MODELS = ("tiny", "small")  # that tests of stages are run for, one by one
 MARKERS = {"quick": "not slow", "slow": "slow", "all": "slow or not slow"}
 CLIP, DTYPE = Bucket(125, 432, 768), torch.bfloat16
 ULYSSES, TENSOR = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
@@ -56,14 +73,16 @@ def traffic_table() -> str:
     """Returns the GiB that a rank hands to each collective in a step of one clip of the 8B model, bf16."""
     config, tokens = MMDiTConfig(), tokens_of(CLIP)
     lines = [
-        "| sp | of it ring x ulysses | tp | all-to-all | ring | all-reduce | ZeRO-3 weights and gradients |",
-        "|---|---|---|---|---|---|---|",
+        "| sp | of it ring x ulysses | tp | all-to-all | ring | all-reduce | or with sequence norms: gathers, scatters "
+        "| ZeRO-3 weights and gradients |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for sp, ring, tp in LAYOUTS:
         shape = (head_counts(config.num_attention_heads, tp)[0], config.attention_head_dim, sp, ring, DTYPE.itemsize)
         parts = (
             all_to_all_bytes(tokens, *shape), ring_bytes(tokens, *shape),
             all_reduce_bytes(tokens, config.inner_dim, sp, tp, DTYPE.itemsize),
+            2 * sequence_norms_bytes(tokens, config.inner_dim, sp, tp, DTYPE.itemsize),
         )  # fmt: skip
         cells = [in_gib(config.num_layers * n) if n else "-" for n in parts]
         lines.append(_line([str(sp), f"{ring} x {sp // ring}", str(tp), *cells, in_gib(_zero3_bytes(config, tp))]))
@@ -89,13 +108,14 @@ def memory_table() -> str:
 
 
 def parity_table() -> str:
-    """Returns what the newest run of every test measured."""
+    """Returns what the newest run of every test measured, by the number of processes."""
     rows = newest_rows()
     if not rows:
-        return "No rows yet: run `python benchmarks/parallel_table.py --measure`."
-    lines = ["| what | against | error | at most | commit |", "|---|---|---|---|---|"]
+        return "No rows yet: run `python benchmarks/parallel_table.py --measure all`."
+    lines = ["| processes | what | against | error | at most | commit |", "|---|---|---|---|---|---|"]
     for row in rows:
-        cells = (row["what"], row["against"], shown(row["error"]), shown(row["bound"]), f"`{_short(row['commit'])}`")
+        count, what = _processes(row["what"])
+        cells = (count, what, row["against"], shown(row["error"]), shown(row["bound"]), f"`{_short(row['commit'])}`")
         lines.append(_line([str(cell) for cell in cells]))
     return "\n".join(lines)
 
@@ -106,12 +126,27 @@ def newest_rows() -> list[dict[str, Any]]:
     Of several in one run, one for each rank, it is the worst.
     """
     found: dict[str, dict[str, Any]] = {}
-    rows = [row for path in RESULTS.glob("*_par*.jsonl") for row in read(path)]
-    for row in sorted(rows, key=lambda row: (row["date"], row["error"])):
-        if row["test"].startswith(TESTS):
+    for row in sorted(all_rows(), key=lambda row: (row["date"], row["error"])):
+        if row["test"].startswith(TESTS) and PROCESSES.match(row["what"]):  # older rows do not say how many
             found.pop(row["what"], None)
             found[row["what"]] = row
-    return sorted(found.values(), key=lambda row: TESTS.index(row["test"].split("::")[0]))
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        return TESTS.index(row["test"].split("::")[0]), _processes(row["what"])[0]
+
+    return sorted(found.values(), key=place)
+
+
+def all_rows() -> list[dict[str, Any]]:
+    """Returns the rows of all comparisons ever kept."""
+    return [row for path in sorted(RESULTS.glob("*_par*.jsonl")) for row in read(path)]
+
+
+def _processes(what: str) -> tuple[int, str]:
+    """Returns the number of processes and the rest of a row's `what`."""
+    found = PROCESSES.match(what)
+    assert found is not None
+    return int(found[1]), what[found.end() :]
 
 
 def _short(commit: str) -> str:
@@ -121,19 +156,53 @@ def _short(commit: str) -> str:
 TABLES = {"heads": heads_table, "traffic": traffic_table, "memory": memory_table, "parity": parity_table}
 
 
-def measured(which: str) -> list[dict[str, Any]]:
-    """Returns what the layouts' tests measured now.
+def measure(which: str) -> None:
+    """Runs the tests of layouts and keeps their rows; those that this commit has rows of are not run again.
+
+    Args:
+        which: quick, slow or all.
 
     Raises:
-        SystemExit: a test failed: no rows are kept.
+        SystemExit: a test failed; what was measured before is kept.
+    """
+    device = torch.device("cpu")
+    origin = provenance(device)
+    clean = not str(origin["commit"]).endswith("+changes")
+    done = {row["test"] for row in all_rows() if clean and row["commit"] == origin["commit"]}
+    for name, tests in units(which).items():
+        if done.issuperset(tests):
+            print(f"{name}: there already")
+            continue
+        print(f"{name}: {len(tests)} tests", flush=True)
+        append_rows([provenance(device) | row for row in measured(tests)], "parallel", device)
+
+
+def units(which: str) -> dict[str, list[str]]:
+    """Returns the tests that compare something, in groups that are best run together: they share their processes."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *TESTS, "--parity-out", os.devnull]
+    listed = subprocess.run([*command, "-m", MARKERS[which]], cwd=ROOT, capture_output=True, text=True, check=False)
+    found: dict[str, list[str]] = {}
+    for test in (line for line in listed.stdout.splitlines() if line.startswith(TESTS)):
+        file, _, rest = test.partition("::")
+        model = next((f" of {name}" for name in MODELS if name in rest), "") if file == STAGES else ""
+        found.setdefault(file + model, []).append(test)
+    if not found:
+        raise SystemExit(f"no tests were found:\n{listed.stdout}{listed.stderr}")
+    return found
+
+
+def measured(tests: list[str]) -> list[dict[str, Any]]:
+    """Returns what the tests measured now.
+
+    Raises:
+        SystemExit: a test failed, or measured nothing: no rows are kept of any of them.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "--parity-out", str(out)]
-        command += ["-m", MARKERS[which]]
+        command = [sys.executable, "-m", "pytest", "-q", *tests, "--parity-out", str(out)]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
         if code != 0 or not out.is_file():
-            raise SystemExit(f"the tests ended with {code}: no rows are kept")
+            raise SystemExit(f"the tests ended with {code}: their rows are not kept")
         return read(out)
 
 
@@ -147,8 +216,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=list(MARKERS), help="run these tests of layouts and keep their rows")
     arguments = parser.parse_args()
     if arguments.measure:
-        device = torch.device("cpu")
-        append_rows([provenance(device) | row for row in measured(arguments.measure)], "parallel", device)
+        measure(arguments.measure)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
 

@@ -13,10 +13,8 @@ fi
 processes=$1
 shift
 
-# torchrun sets one thread per process when this is unset, which starves data decoding and the CPU-offloaded optimizer;
-# torch alone would start one per core in every process, and they would wait for each other. So: an equal share.
-cores=$(nproc)
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
+# shellcheck source=launch/environment.sh
+. "$(dirname "$0")/environment.sh" "$processes" "$(nproc)"
 
 # --standalone picks a free port, so that several jobs can share the machine.
 exec torchrun --standalone --nproc-per-node "$processes" -m contentv "$@"

@@ -56,6 +56,14 @@ def module(device: torch.device):  # type: ignore[no-untyped-def]
     return getattr(torch, device.type)
 
 
+def names(kind: str) -> list[str]:
+    """Returns what the devices of a type call themselves; none for the CPU."""
+    if kind == "cpu":
+        return []
+    of_kind = module(torch.device(kind))
+    return [str(of_kind.get_device_name(index)) for index in range(of_kind.device_count())]
+
+
 def backend(device: torch.device) -> str:
     """Returns the torch.distributed backend of a device: nccl, hccl or gloo."""
     return BACKENDS[device.type]
@@ -76,9 +84,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# Dense bf16 peak, FLOP/s, by a part of the device's name: NVIDIA's from its data sheets, the NPU's from a cloud
-# vendor's documentation of the 64 GB part. None for the CPU: its peak is no published constant, and an MFU against a
-# guess would mean nothing.
+# Dense bf16 peak, FLOP/s, by a part of the device's name. NVIDIA's from its data sheets (H100, H200, A100, RTX 4090;
+# the tensor cores of H800 and A800 are those of H100 and A100). For the 910B public statements go from 280 (a cloud
+# vendor's page) over 320 (press) to 376 (half of a 910C's share of CloudMatrix-384's 289 PFLOP/s): the highest, which
+# flatters no MFU. None for the CPU: its peak is no published constant, and an MFU against a guess would mean nothing.
 PEAK_FLOPS = {
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
@@ -87,13 +96,15 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "A800": 312e12,
     "4090": 165.2e12,
-    "910B": 280e12,
+    "910B": 376e12,
 }
 
 
 def peak_flops(device: torch.device) -> float:
     """Returns the dense bf16 peak of one device in FLOP/s, or 0 when it is not known."""
-    if device.type == "cpu":
-        return 0.0
-    name = str(module(device).get_device_name(device))
+    return 0.0 if device.type == "cpu" else peak_flops_of(str(module(device).get_device_name(device)))
+
+
+def peak_flops_of(name: str) -> float:
+    """Returns the dense bf16 peak of a device by its name, such as "NVIDIA H100 PCIe", or 0 when it is not known."""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)

@@ -72,7 +72,8 @@ class Batch:
     `latents` are in model space, (raw - mean) / std. `motion` and `visual` are scores in [0, 1], NaN where a clip has
     none. `sample_index` is the position of each sample in the run's global order (samples of all steps before + place),
     the key of all its random draws: it is the same on every layout. `global_samples` is the number of clips of the
-    whole optimiser step, over all ranks and micro-batches: the divisor of its loss.
+    whole optimiser step, over all ranks and micro-batches: the divisor of its loss. `loss_weight` is a factor of each
+    clip's loss, with mean one over the clips of the step; None is one for all.
     """
 
     keys: list[str]
@@ -84,6 +85,7 @@ class Batch:
     visual: Float[Tensor, "b"]
     sample_index: Int[Tensor, "b"]
     global_samples: int
+    loss_weight: Float[Tensor, "b"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -115,6 +117,7 @@ class StoredBatch:
     global_samples: int
     latents_mean: Float[Tensor, "1 c 1 1 1"]
     latents_std: Float[Tensor, "1 c 1 1 1"]
+    loss_weight: Float[Tensor, "b"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -126,7 +129,7 @@ class StoredBatch:
             self.keys, self.captions, self.bucket,
             (latents - self.latents_mean.to(device)) / self.latents_std.to(device),
             TextCond(self.text.tokens.to(device).float(), self.text.pooled.to(device).float()),
-            self.motion, self.visual, self.sample_index, self.global_samples,
+            self.motion, self.visual, self.sample_index, self.global_samples, self.loss_weight,
         )  # fmt: skip
 
 
@@ -156,11 +159,16 @@ class Peers:
 
 @dataclass
 class LossOutput:
-    """A loss as a sum and the number of samples in it; the caller divides by the global number of samples."""
+    """A loss as a sum and the number of samples in it; the caller divides by the global number of samples.
+
+    Metrics and tallies are detached sums over the samples. Metrics are single numbers, of which the means over a step
+    are logged; tallies have any shape, and their sums over all steps since the last logged one are.
+    """
 
     loss_sum: Float[Tensor, ""]
     samples: int
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> detached sum over the samples
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from contentv.base import device as devices
 from contentv.config.schema import DoctorConfig
 
 REQUIRED = ("torch", "deepspeed", "diffusers", "transformers", "safetensors", "webdataset", "hydra-core", "av",
-            "opencv-python-headless", "scenedetect", "scipy")  # fmt: skip
+            "opencv-python-headless", "scenedetect-headless", "scipy")  # fmt: skip
 OPTIONAL = {
     "wandb": ("wandb", "pip install 'contentv[wandb]'"),
     "tensorboard": ("tensorboard", "pip install 'contentv[tensorboard]'"),
@@ -31,6 +31,8 @@ OPTIONAL = {
     "torch_npu": ("torch_npu", "pip install 'contentv[npu]' on a machine with CANN; not run on hardware so far"),
     "ray": ("ray", "pip install 'contentv[curation]' (curation on several machines)"),
 }  # fmt: skip
+
+NPU = "not run on hardware: written against torch_npu's published interface and tested with a double of it"
 
 
 def _version(package: str) -> str:
@@ -62,14 +64,16 @@ def facts() -> dict[str, Any]:
         "memory_bytes": memory,
         "disk_free_bytes": shutil.disk_usage(".").free,
         "devices": types,
-        "device_names": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "device_names": devices.names(types[0]),
         "backend": devices.BACKENDS[types[0]],
         "libraries": {name: _version(name) for name in REQUIRED},
         "optional": {name: _importable(module) for name, (module, _) in OPTIONAL.items()},
         "kernels": {
             op: contentv_kernels.available(op, types[0], torch.float32 if types[0] == "cpu" else torch.bfloat16)
-            for op in ("attention", "attention_part", "modulated_layer_norm")
+            for op in ("attention", "attention_part", "modulated_layer_norm", "rms_norm")
         },
+        "launchers": [name for name in ("torchrun", "sbatch", "docker", "kubectl") if shutil.which(name)],
+        "npu": NPU,
         "ffmpeg_codecs": _has_h264(),
     }
 
@@ -89,6 +93,8 @@ def run(config: DoctorConfig, overrides: Sequence[str]) -> None:
     table = Table(title=f"contentv {found['contentv']}", show_header=False)
     for name in ("python", "platform", "cpu_cores", "devices", "device_names", "backend"):
         table.add_row(name, ", ".join(found[name]) if isinstance(found[name], list) else str(found[name]))
+    table.add_row("launchers", ", ".join(found["launchers"]) or "none: torchrun comes with torch")
+    table.add_row("Ascend NPUs", found["npu"])
     table.add_row(
         "memory", f"{found['memory_bytes'] / 2**30:.1f} GiB, disk free {found['disk_free_bytes'] / 2**30:.0f} GiB"
     )

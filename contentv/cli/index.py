@@ -24,6 +24,7 @@ def run(config: IndexConfig, overrides: Sequence[str]) -> None:
         ("adopted", report.adopted),
         ("left out", report.left_out),
         ("not in dataset.json (adopt=true takes it in)", report.unlisted),
+        ("drift", report.drift),
         ("fault", report.faults),
     ):
         for name in names:

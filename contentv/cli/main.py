@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from contentv import __version__
@@ -20,6 +21,7 @@ from contentv.base.errors import (
     UserError,
     nearest,
 )
+from contentv.base.stop import StopSignal
 
 COMMANDS = {
     "demo": "the whole product on this machine: MP4 files -> shards -> four stages -> sampled videos -> report",
@@ -30,6 +32,7 @@ COMMANDS = {
     "pipeline": "run the stages one after another; run again, it goes on where it stopped",
     "sample": "prompts -> videos",
     "convert": "weights of SD3, SD3.5, ContentV or a run -> a folder that diffusers and the published pipeline read",
+    "analyze": "gradients: which noise levels imperfect clips are good for, on a checkpoint of yours",
     "plan": "memory per device, speed, days and cost of a stage on a cluster, before it is launched",
     "report": "one HTML page about a run, a dataset or a demo",
     "doctor": "what this machine has and what is missing",
@@ -37,6 +40,7 @@ COMMANDS = {
 
 
 RANK_0_SPEAKS_S = 3.0
+STOPPABLE = ("train", "pipeline", "curate")  # these save when they are told to stop
 
 
 def usage() -> str:
@@ -86,6 +90,8 @@ def _run(command: str, arguments: list[str]) -> int:
 
         print_scorers([a for a in arguments if a != "--scorers"])
         return EXIT_OK
+    if command == "analyze" and arguments and "=" not in arguments[0] and not arguments[0].startswith("-"):
+        arguments = [f"analysis={arguments[0]}", *arguments[1:]]  # `contentv analyze gradients key=value ...`
     show = "--cfg" in arguments
     overrides = [a for a in arguments if a not in ("--cfg", "job")]
     if show:
@@ -95,10 +101,12 @@ def _run(command: str, arguments: list[str]) -> int:
         to_object(config)  # the range checks
         sys.stdout.write(as_yaml(command, config))
         return EXIT_OK
-    from contentv.config.compose import load_config
+    # A signal that comes while libraries and weights are loaded counts as well.
+    with StopSignal() if command in STOPPABLE else nullcontext():
+        from contentv.config.compose import load_config
 
-    module: Any = importlib.import_module(f"contentv.cli.{command}")
-    module.run(load_config(command, overrides), overrides)
+        module: Any = importlib.import_module(f"contentv.cli.{command}")
+        module.run(load_config(command, overrides), overrides)
     return EXIT_OK
 
 

@@ -25,12 +25,13 @@ from contentv.config.inputs import (
     open_data,
     resolve_weights,
 )
+from contentv.config.noise import watch_noise
 from contentv.config.schema import TrainRoot
 from contentv.config.starting import lora_facts, model_of_shapes, open_weights, starting_values
 from contentv.data import DatasetSource, JoinedDatasets, open_dataset
-from contentv.diffusion.samplers import LogitNormal
-from contentv.diffusion.timesteps import build_sampler
-from contentv.diffusion.tqd import TQD
+from contentv.data.weighting import KeepWeighted
+from contentv.diffusion.timesteps import build_sampler, build_weight
+from contentv.diffusion.tqd import keep_probability
 from contentv.engine import checkpoint
 from contentv.engine.frozen import frozen_model
 from contentv.engine.zero import ZeroEngine, build_engine
@@ -66,7 +67,7 @@ def plan_stage(root: TrainRoot) -> Plan:
     Raises:
         UserError: something is missing or does not fit.
     """
-    info = open_data(root)
+    info = open_data(root.data)
     check_data_fits(root.model, info)
     buckets = choose_buckets(root, info)
     weights = resolve_weights(root.init, root.init_weights)
@@ -160,7 +161,8 @@ def token_counts(root: TrainRoot, info: JoinedDatasets, bucket: Bucket) -> Token
 def build_objective(plan: Plan, null_text: TextCond, mesh: Mesh, device: torch.device) -> Objective:
     """Returns flow matching, or the reward objective with its frozen VAE, reward model and reference."""
     root = plan.root
-    flow = FlowMatching(build_sampler(root.timestep), root.train.seed, null_text, root.text.dropout)
+    sampler, weight = build_sampler(root.timestep), build_weight(root.timestep)
+    flow = FlowMatching(sampler, root.train.seed, null_text, root.text.dropout, weight)
     if root.stage.objective == "flow":
         return flow
     vae_path = existing_folder(plan.manifest.vae_path, "vae.path", "the VAE the dataset was made with")
@@ -198,11 +200,12 @@ def build_source(plan: Plan, mesh: Mesh, micro: int, multiples: dict[str, int]) 
         image_ratio=root.data.image_ratio,
         source_weights=root.data.source_weights,
         source_max_epochs=root.data.source_max_epochs,
-        keep_probability=TQD(LogitNormal()).keep_probability if root.data.quality_dropout else None,
+        keep_probability=keep_probability if root.data.quality_dropout else None,
         prefetch=root.data.prefetch,
         workers=root.data.workers,
         storage=root.data,
         quality_mode=root.data.quality_mode,
+        quality_scope=root.data.quality_scope,
         max_bad_samples=root.data.max_bad_samples,
         max_bad_fraction=root.data.max_bad_fraction,
         quarantine_path=Path(root.out) / "quarantine.jsonl" if mesh.sp_rank == mesh.tp_rank == 0 else None,
@@ -291,11 +294,14 @@ def _train(plan: Plan, out: Path) -> None:
     source = build_source(plan, mesh, micro, multiples)
     objective = build_objective(plan, source.null_text.to(device), mesh, device)
     progress = Progress() if resumed is None else _resume(plan, resumed, engine, source)
+    watch = watch_noise(root, source, out)
     recorder = Recorder(
         build_sinks(root, progress.step) if is_main_process() else [],
         JsonlSink(out / "ledger.jsonl", progress.step) if is_main_process() else None,
-        root.stage.name, root.train.max_steps, progress.step,
+        root.stage.name, root.train.max_steps, progress.step, watch,
     )  # fmt: skip
+    weighed = root.data.quality_weight
+    batches = KeepWeighted(source, keep_probability, engine.sum_over_data_ranks) if weighed else source
 
     def save(now: Progress) -> None:
         folder = out / "checkpoints" / f"step-{now.step:08d}"
@@ -312,7 +318,7 @@ def _train(plan: Plan, out: Path) -> None:
 
     try:
         ended = run(
-            engine, source, objective, root.train, recorder, progress=progress, save=save, tokens_per_clip=tokens,
+            engine, batches, objective, root.train, recorder, progress=progress, save=save, tokens_per_clip=tokens,
             flops_per_clip=flops, peak_flops=devices.peak_flops(device) * world, stage=root.stage.name,
         )  # fmt: skip
     finally:

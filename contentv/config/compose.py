@@ -142,10 +142,14 @@ def _check_override(command: str, item: str) -> None:
     known = {k for k, _, _ in keys(ROOTS[command])}
     choices = groups(command)
     if key in known or key in choices or any(known_key.startswith(f"{key}.") for known_key in known):
-        if key in choices and item.partition("=")[2] not in choices[key]:
+        value = item.partition("=")[2]
+        if key in choices and value not in choices[key]:
+            # A part of a name, such as "910b", is not near the whole by its letters.
+            whole = next((choice for choice in choices[key] if value and value.lower() in choice), value)
+            hint = nearest(whole, choices[key])
             raise UserError(
-                f'there is no {key}={item.partition("=")[2]}', where=f"contentv {command}",
-                remedy=f"use one of: {', '.join(choices[key])}",
+                f"there is no {key}={value}", where=f"contentv {command}",
+                remedy=f"{hint} The choices are: {', '.join(choices[key])}".strip(),
             )  # fmt: skip
         return
     if _opened(command, key):

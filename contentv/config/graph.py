@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from contentv.base.errors import UserError
 from contentv.config.compose import load_config
 from contentv.config.schema import PipelineConfig, TrainRoot
+from contentv.parallel.mesh import ParallelConfig
 from contentv.train.pipeline import StageRun, local_launcher
 
 # Keys that change where or how a run is shown, not what it computes.
@@ -18,16 +21,19 @@ NOT_HASHED = ("out", "init", "logger", "wandb", "device")
 NOT_HASHED_LOOP = ("resume", "log_every", "checkpoint_every", "keep_checkpoints")
 NOT_HASHED_DATA = ("workers", "cache_dir", "cache_bytes", "retries", "retry_s", "timeout_s")
 # Keys that came later: left at their defaults, a run has the digest that it had before there were any.
+HASHED_IF_CHANGED = ("ring", "sequence_norms", "offload_activations", "hpz", "compile")  # of parallel
 HASHED_IF_SET = {"train": ("global_tokens",), "data": ("image_ratio", "source_weights", "source_max_epochs")}
 
 
 def config_hash(root: TrainRoot) -> str:
     """Returns a digest of everything in a configuration that changes what a run computes."""
-    values = {key: value for key, value in asdict(root).items() if key not in NOT_HASHED}
+    values, unchanged = {k: v for k, v in asdict(root).items() if k not in NOT_HASHED}, ParallelConfig()
     if root.lora.rank == 0:  # a run of the whole model has the digest that it had before there were LoRAs
         del values["lora"]
-    if root.parallel.ring == 1:  # the same for runs without a ring
-        del values["parallel"]["ring"]
+    for key in HASHED_IF_CHANGED:
+        if values["parallel"][key] == getattr(unchanged, key):
+            del values["parallel"][key]
+    del values["parallel"]["exchange"]  # the same numbers, sent one after another or together
     for group, left_out in (("train", NOT_HASHED_LOOP), ("data", NOT_HASHED_DATA)):
         values[group] = {
             key: value
@@ -38,7 +44,18 @@ def config_hash(root: TrainRoot) -> str:
 
 
 def launcher_of(config: PipelineConfig) -> list[str]:
-    """Returns the command that stages are launched with."""
+    """Returns the command that stages are launched with.
+
+    Raises:
+        UserError: a launcher is asked for in a pipeline that was itself launched.
+    """
+    if "RANK" in os.environ:
+        if config.launcher:
+            raise UserError(
+                "the pipeline has been started once per process already", where="pipeline.launcher",
+                remedy="leave it out, or start the pipeline itself without torchrun or srun",
+            )  # fmt: skip
+        return [sys.executable]
     return shlex.split(config.launcher) if config.launcher else local_launcher(config.nproc)
 
 

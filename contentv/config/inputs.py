@@ -10,7 +10,7 @@ from pathlib import Path
 from contentv.base.errors import UserError
 from contentv.base.types import Bucket
 from contentv.config.schema import TrainRoot
-from contentv.data import JoinedDatasets, is_url, read_metas
+from contentv.data import DataConfig, JoinedDatasets, is_url, read_metas
 from contentv.models.io import read_config
 from contentv.models.mmdit import MMDiTConfig
 from contentv.models.pipeline_folder import read_shift
@@ -107,17 +107,17 @@ def check_fingerprint(what: str, found: str, trained: str, key: str) -> None:
         )  # fmt: skip
 
 
-def open_data(root: TrainRoot) -> JoinedDatasets:
+def open_data(data: DataConfig) -> JoinedDatasets:
     """Returns the dataset or datasets that `data.path` names.
 
     Raises:
         UserError: there is none, or several do not fit together.
     """
-    paths = root.data.path if isinstance(root.data.path, list) else [root.data.path]
+    paths = data.path if isinstance(data.path, list) else [data.path]
     for path in paths:
         if not is_url(path) and not str(path).startswith("file://"):
             existing_folder(path, "data.path", "a dataset made by `contentv curate`")
-    return JoinedDatasets.load(paths, root.data)
+    return JoinedDatasets.load(paths, data)
 
 
 def choose_buckets(root: TrainRoot, info: JoinedDatasets) -> list[Bucket]:

@@ -140,7 +140,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     device = devices.select(config.device)
     inputs = open_inputs(config)
     rank = start(device)[0] if world > 1 else 0
-    mesh = build_mesh(ParallelConfig(sp=config.sp), world, rank)
+    mesh = build_mesh(ParallelConfig(sp=config.sp, ring=config.ring), world, rank)
 
     def open_files() -> list[int]:
         return open_record(files, record, prompts, inputs.settings(config), overwrite=config.overwrite)

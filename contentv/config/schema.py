@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from contentv.analysis.config import GradientConfig
 from contentv.base.errors import UserError
 from contentv.config.planning.options import ClusterConfig, LayoutWish, PlanConfig, PlannedTraining
 from contentv.curation.curate import CurateConfig
@@ -27,6 +28,7 @@ DTYPES = ("keep", "fp32", "bf16", "fp16")
 LORA_MODES = ("merge", "apart", "unmerge")
 PRECISIONS = ("fp32", "bf16")
 GUIDANCES = ("two_pass", "batched")
+ANALYSES = ("gradients",)
 
 
 def doc(default: Any, text: str, key: str = "") -> Any:
@@ -162,6 +164,7 @@ class SampleConfig:
     batch_size: int = doc(1, "videos sampled at once; 1 or more. A file does not depend on the number of processes; "
                              "it depends on this key by rounding")  # fmt: skip
     sp: int = doc(1, "processes that share one video's tokens (Ulysses); divides the processes; the rest share prompts")
+    ring: int = doc(1, "places of the ring among the sp processes of a video, a divisor of sp; 1 = no ring")
     device: str = doc("auto", "auto | cuda | npu | cpu")
     precision: str = doc("fp32", "fp32 | bf16: the transformer's")
     vae_precision: str = doc("fp32", "fp32 | bf16: the VAE's")
@@ -178,6 +181,7 @@ class SampleConfig:
         require(self.guidance_scale >= 0, "guidance_scale", self.guidance_scale, "use 0 or more; 1 = off")
         require(self.guidance in GUIDANCES, "guidance", self.guidance, f"use one of {', '.join(GUIDANCES)}")
         require(self.sp >= 1, "sp", self.sp, "use 1 or more")
+        require(self.ring >= 1 and self.sp % self.ring == 0, "ring", self.ring, f"use a divisor of sp={self.sp}")
         require(self.fps >= 0, "fps", self.fps, "use a positive number, or 0 for that of the training clips")
         require(self.vae_tile_px >= 0, "vae_tile_px", self.vae_tile_px, "use a positive number, or 0 for whole frames")
         for key in ("precision", "vae_precision"):
@@ -264,6 +268,33 @@ class ReportConfig:
     def __post_init__(self) -> None:
         require(self.global_batch_size >= 1, "global_batch_size", self.global_batch_size, "use 1 or more")
         require(self.timestep.kind == "tqd", "timestep.kind", self.timestep.kind, "use tqd, over timestep.base")
+        require(self.timestep.levels == 0, "timestep.levels", self.timestep.levels, "use 0: the page draws densities")
+
+
+@dataclass
+class AnalyzeRoot(GradientConfig):
+    """`contentv analyze gradients`: which noise levels imperfect clips are good for, on a checkpoint."""
+
+    analysis: str = doc("gradients", "what is analysed: gradients; `contentv analyze gradients` says the same")
+    checkpoint: str = doc("", "run folder, checkpoint (RUN/checkpoints/step-*) or transformer folder")
+    weights: str = doc("ema", "ema | raw: which weights of a run or checkpoint")
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    base: str = doc("logit_normal", "base of the TQD law that is recommended: logit_normal | uniform | mode | beta")
+    shift: float = doc(0.0, "shift of that base; 0 = the shift the checkpoint was trained with, 1 where unknown")
+    kappa_base: float = doc(2.0, "concentration of that law for equal scores; above 0")
+    precision: str = doc("fp32", "fp32 | bf16: the transformer's; gradients are added up in fp32")
+    device: str = doc("auto", "auto | cuda | npu | cpu")
+    out: str = doc("outputs/gradients", "folder of gradients.json and report.html")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.analysis in ANALYSES, "analysis", self.analysis, f"use one of {', '.join(ANALYSES)}")
+        require(self.weights in ("ema", "raw"), "weights", self.weights, "use ema or raw")
+        require(self.shift >= 0, "shift", self.shift, "use a positive number, or 0 for the trained shift")
+        require(self.precision in PRECISIONS, "precision", self.precision, f"use one of {', '.join(PRECISIONS)}")
+        require(bool(self.out), "out", '""', "name a folder, out=DIR")
+        TimestepConfig(kind="tqd", base=self.base, kappa_base=self.kappa_base, kappa_max=max(8.0, self.kappa_base))
 
 
 @dataclass
@@ -305,6 +336,7 @@ ROOTS: dict[str, type] = {
     "curate": CurateRoot,
     "synth": SynthRoot,
     "demo": DemoConfig,
+    "analyze": AnalyzeRoot,
     "index": IndexConfig,
     "plan": PlanRoot,
     "report": ReportConfig,

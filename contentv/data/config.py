@@ -8,7 +8,7 @@ from typing import Any
 
 from contentv.base.errors import UserError
 from contentv.base.types import Bucket
-from contentv.data.quality import MODES
+from contentv.data.quality import MODES, SCOPES
 from contentv.data.storage import StorageConfig
 
 
@@ -52,11 +52,20 @@ class DataConfig(StorageConfig):
         },
     )
     quality_mode: str = field(
-        default="quantile", metadata={"help": "raw scores to [0, 1]: quantile (rank in the source), minmax or zsigmoid"}
+        default="quantile", metadata={"help": "raw scores to [0, 1]: quantile (rank), minmax or zsigmoid"}
+    )
+    quality_scope: str = field(
+        default="source",
+        metadata={"help": "among which clips a raw score is judged: source (its own) or corpus (the whole dataset)"},
     )
     quality_dropout: bool = field(
         default=False, metadata={"help": "TQD: keep a clip in an epoch with probability max(visual, motion)"}
     )
+    quality_weight: bool = field(
+        default=False,
+        metadata={"help": "TQD, instead of quality_dropout: keep all clips and weigh each one's loss by "
+                          "max(visual, motion), over its mean in the global batch"},
+    )  # fmt: skip
     prefetch: int = field(default=2, metadata={"help": "steps prepared ahead by a thread, >= 0; 0: read when asked"})
     workers: int = field(
         default=0, metadata={"help": "threads that read samples at once, >= 0; 0: one after another; more help where "
@@ -71,6 +80,13 @@ class DataConfig(StorageConfig):
         super().__post_init__()
         if self.quality_mode not in MODES:
             raise UserError(f'"{self.quality_mode}" is not one of {", ".join(MODES)}', where="data.quality_mode")
+        if self.quality_scope not in SCOPES:
+            raise UserError(f'"{self.quality_scope}" is not one of {", ".join(SCOPES)}', where="data.quality_scope")
+        if self.quality_dropout and self.quality_weight:
+            raise UserError(
+                "data.quality_dropout and data.quality_weight are two forms of one thing, and both are on",
+                where="data.quality_weight", remedy="switch one of them off",
+            )  # fmt: skip
         for name in self.buckets:
             try:
                 Bucket.parse(name)

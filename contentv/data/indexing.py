@@ -28,6 +28,7 @@ class IndexReport:
     unlisted: list[str] = field(default_factory=list)  # tars that dataset.json does not know
     adopted: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # samples and members of adopted tars that are not used
+    drift: list[str] = field(default_factory=list)  # scores unlike those that quality.json had been fitted to
     faults: list[str] = field(default_factory=list)
 
 
@@ -53,7 +54,7 @@ def index_dataset(path: str | Path, *, adopt: bool = False, refit: bool = False,
             info = DatasetInfo.load(path)
         report.unlisted = _unlisted(info)
         if refit:
-            refit_quality(info.path)
+            report.drift = refit_quality(info.path)
     if verify:
         report.faults += [fault for fault in verify_dataset(info) if fault not in report.faults]
     report.shards, report.samples = len(info.shards), info.samples

@@ -184,7 +184,6 @@ class JoinedStore:
             numbers: of the samples in it.
             threads: that read at once; None reads in the calling thread.
         """
-
         pool = self._stores[self._held[bucket][0]].pool
         rows = pool.rows(bucket, len(numbers))
         if rows is not None:  # read to where they are wanted, with nothing left to copy
@@ -208,7 +207,6 @@ class JoinedStore:
 
         The threads fetch while the calling one checks: so they need Python's lock in turns and not all at once.
         """
-
         placed = [self._place(bucket, number) for number in numbers]
 
         def fetch(row: int) -> tuple[Fetched | None, Described | None]:

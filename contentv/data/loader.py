@@ -13,6 +13,7 @@ from pathlib import Path
 
 from contentv.base.errors import UserError, nearest
 from contentv.base.types import ReaderRank
+from contentv.data.census import take_census
 from contentv.data.joined import JoinedDatasets, JoinedStore, Paths
 from contentv.data.ordering import Choices, build_order, identity
 from contentv.data.pipeline import Ahead, Collate, Mapped, Ordered, Read, ShareOf
@@ -40,6 +41,7 @@ def open_dataset(
     source_max_epochs: Mapping[str, int] | None = None,
     keep_probability: KeepProbability | None = None,
     quality_mode: str = "quantile",
+    quality_scope: str = "source",
     prefetch: int = 2,
     workers: int = 0,
     quarantine_path: str | Path | None = None,
@@ -75,7 +77,7 @@ def open_dataset(
     weights = {name: float(weight) for name, weight in (bucket_weights or {}).items()}
     names = _choose_buckets(joined, buckets or [], weights)
     _check_shards(joined, names)
-    normalisers = [Normaliser.load(info.storage, quality_mode) for info in joined.infos]
+    normalisers = [Normaliser.load(info.storage, quality_mode, quality_scope) for info in joined.infos]
     quarantine = Quarantine(quarantine_path, max_samples=max_bad_samples, max_fraction=max_bad_fraction)
     store = JoinedStore(joined, names, quarantine, normalisers)
     multiples = _check_multiples(batch_multiples or {}, names)
@@ -92,6 +94,7 @@ def open_dataset(
     return DatasetSource(
         joined, joined.null_text(), Ahead(batches, prefetch),
         identity(choices, joined.fingerprint, global_batch_size, kept), quarantine,
+        lambda: take_census({name: store.rows(name, ("source", "scores")) for name in names}, seed),
     )  # fmt: skip
 
 

@@ -1,12 +1,18 @@
-"""Raw scores to [0, 1]: the percentile rank of a clip within its source, by quantile knots kept in quality.json.
+"""Raw scores to [0, 1]: the percentile rank of a clip within its source or the whole dataset, by knots in quality.json.
 
-Shards hold raw scores only, so the normaliser can be fitted again without touching them. Ranks make the scores uniform
-over a source, which timestep samplers driven by quality rely on; min-max and z-score forms are there to compare with.
+Shards hold raw scores only, and quality.json the statistics that every form needs, so a run chooses the form and the
+scope, and the statistics can be fitted again without touching the shards. Ranks make the scores uniform, which timestep
+samplers driven by quality rely on; min-max (clipped to the 1 % and 99 % quantiles) and the logistic function of the
+z-score keep distances, and are for scores whose scale means something.
+
+Ranks within a source judge a clip among its own kind: each source then trains all noise levels. Ranks within the corpus
+let a source that is worse throughout say so; they need scores that mean the same in all sources.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +30,9 @@ from contentv.data.storage import Storage, open_storage
 QUALITY_VERSION = 1
 SCORE_NAMES = ("visual_raw", "motion_raw")
 MODES = ("quantile", "minmax", "zsigmoid")
+SCOPES = ("source", "corpus")
+DRIFT_SHARE = 0.1  # of new clips outside the old 1 % .. 99 % quantiles, where 2 % are to be expected
+_LEAST_CLIPS = 50  # fewer say nothing about drift
 _LEVELS = 100  # knots at 0 %, 1 %, ... 100 %
 _REMEDY = "run contentv.data.refit_quality on the dataset's folder"
 
@@ -52,21 +61,42 @@ class ScoreStatistics:
         knots = np.maximum.accumulate(np.quantile(values, np.linspace(0.0, 1.0, _LEVELS + 1)))
         return cls(len(values), [float(k) for k in knots], float(values.mean()), float(values.std()))
 
+    def outside(self, raw: NDArray[np.float64], tails: int = 0) -> NDArray[np.bool_]:
+        """Returns which raw scores lie outside the range that was fitted; NaN does not.
+
+        Args:
+            raw: scores.
+            tails: how many percent to leave out at either end of that range, 0..49.
+        """
+        if not self.count:
+            return ~np.isnan(raw)
+        low, high = self.knots[tails], self.knots[_LEVELS - tails]
+        rounding = 1e-6 * max(abs(low), abs(high))  # columns of scores may be fp32
+        found: NDArray[np.bool_] = (raw < low - rounding) | (raw > high + rounding)
+        return found
+
 
 @dataclass
 class Normaliser:
-    """Maps raw scores to [0, 1] with the statistics of their source.
+    """Maps raw scores to [0, 1] with the statistics of their source, or of all of them together.
 
     Args:
         sources: source -> raw score's name -> statistics.
         mode: quantile (percentile rank), minmax (between the 1 % and 99 % quantiles, clipped) or zsigmoid (logistic
             function of the z-score).
+        corpus: raw score's name -> statistics of all sources together; used for every source that `sources` knows.
+
+    Raises:
+        UserError: the mode is unknown.
     """
 
     sources: Mapping[str, Mapping[str, ScoreStatistics]]
     mode: str = "quantile"
+    corpus: Mapping[str, ScoreStatistics] | None = None
 
     def __post_init__(self) -> None:
+        if self.corpus is not None:
+            self.sources = dict.fromkeys(self.sources, self.corpus)
         if self.mode not in MODES:
             raise UserError(
                 f'quality mode "{self.mode}" is unknown', where="data.quality_mode", remedy=f"use {', '.join(MODES)}"
@@ -111,12 +141,20 @@ class Normaliser:
         return result
 
     @classmethod
-    def load(cls, folder: Path | Storage, mode: str = "quantile") -> Normaliser:
+    def load(cls, folder: Path | Storage, mode: str = "quantile", scope: str = "source") -> Normaliser:
         """Returns the normaliser kept in a dataset's quality.json.
 
+        Args:
+            folder: the dataset.
+            mode: as above.
+            scope: source, or corpus: every clip among the whole dataset.
+
         Raises:
-            UserError: the file is missing, damaged or of another version, or the mode is unknown.
+            UserError: the file is missing, damaged or of another version, has no statistics of the corpus (older ones
+                have none), or the mode or scope is unknown.
         """
+        if scope not in SCOPES:
+            raise UserError(f'"{scope}" is not one of {", ".join(SCOPES)}', where="data.quality_scope")
         storage = open_storage(folder) if isinstance(folder, Path) else folder
         record = read_record(storage, QUALITY_FILE, "a complete dataset", _REMEDY)
         try:
@@ -126,10 +164,31 @@ class Normaliser:
                 source: {name: ScoreStatistics(**scores[name]) for name in SCORE_NAMES}
                 for source, scores in record["sources"].items()
             }
+            corpus = None
+            if scope == "corpus":
+                corpus = {name: ScoreStatistics(**record["corpus"][name]) for name in SCORE_NAMES}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             where = f"{storage.url}/{QUALITY_FILE}"
             raise UserError(f"quality.json is not valid ({error})", where=where, remedy=_REMEDY) from error
-        return cls(sources, mode)
+        return cls(sources, mode, corpus)
+
+    def drift(self, source: str, name: str, raw: NDArray[np.float64]) -> str:
+        """Returns a sentence if raw scores do not look like those of their source that were fitted, else "".
+
+        A tenth of them or more outside the fitted 1 % .. 99 % quantiles is drift; of fewer than 50 nothing is said.
+        """
+        known = raw[~np.isnan(raw)]
+        statistics = self.sources.get(source, {}).get(name)
+        if statistics is None or min(statistics.count, len(known)) < _LEAST_CLIPS:
+            return ""
+        share = float(statistics.outside(known, tails=1).mean())
+        if share < DRIFT_SHARE:
+            return ""
+        low, high = statistics.knots[1], statistics.knots[_LEVELS - 1]
+        return (
+            f'{name} of source "{source}": {share:.0%} of {len(known)} new clips lie outside {low:.4g} .. {high:.4g}, '
+            f"where 98% of the {statistics.count} earlier ones are"
+        )
 
 
 def write_quality(folder: Path, scores: Iterable[tuple[str, float | None, float | None]]) -> None:
@@ -144,7 +203,36 @@ def write_quality(folder: Path, scores: Iterable[tuple[str, float | None, float 
         source: {name: vars(ScoreStatistics.fit(columns[name])) for name in SCORE_NAMES}
         for source, columns in sorted(raw.items())
     }
-    write_atomic(folder / QUALITY_FILE, to_json({"version": QUALITY_VERSION, "sources": sources}))
+    corpus = {
+        name: vars(ScoreStatistics.fit(itertools.chain.from_iterable(columns[name] for columns in raw.values())))
+        for name in SCORE_NAMES
+    }
+    write_atomic(folder / QUALITY_FILE, to_json({"version": QUALITY_VERSION, "sources": sources, "corpus": corpus}))
+
+
+def drifted(
+    folder: Path, scores: Iterable[tuple[str, float | None, float | None]], known: int | None = None
+) -> list[str]:
+    """Returns sentences about clips whose raw scores are unlike those that quality.json was fitted to.
+
+    Without a sound quality.json nothing can be said.
+
+    Args:
+        folder: the dataset, before it is fitted again.
+        scores: (source, visual_raw, motion_raw) of every clip.
+        known: how many of the first ones are no news; None: quality.json knows none of them.
+    """
+    try:
+        fitted = Normaliser.load(folder)
+    except UserError:
+        return []
+    raw: dict[tuple[str, str], list[float]] = {}
+    for source, visual, motion in itertools.islice(scores, known or 0, None):
+        for name, value in zip(SCORE_NAMES, (visual, motion), strict=True):
+            if value is not None:
+                raw.setdefault((source, name), []).append(value)
+    found = [fitted.drift(source, name, np.array(values)) for (source, name), values in sorted(raw.items())]
+    return [sentence for sentence in found if sentence]
 
 
 def _rank_of(value: float, knots: list[float]) -> float:

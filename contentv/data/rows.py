@@ -148,6 +148,21 @@ class BucketRows:
         motion, visual = torch.from_numpy(found).to(torch.float32)
         return motion, visual
 
+    def outside(self, numbers: Ids) -> NDArray[np.bool_]:
+        """Returns which samples have a raw score below or above all that quality.json was fitted to."""
+        found = np.zeros(len(numbers), dtype=np.bool_)
+        for part, normaliser, here, rows in self._split(numbers):
+            source, raw = gathered(part.source, rows), gathered(part.scores, rows).astype(np.float64)
+            beyond = np.zeros(len(rows), dtype=np.bool_)
+            for place in np.unique(source):
+                statistics = normaliser.sources.get(part.sources[place], {}) if place < len(part.sources) else {}
+                for column, name in ((1, "motion_raw"), (0, "visual_raw")):
+                    if name in statistics:
+                        of_source = source == place
+                        beyond[of_source] |= statistics[name].outside(raw[of_source, column])
+            found[here] = beyond
+        return found
+
     def _split(self, numbers: Ids) -> list[tuple[Columns, Normaliser, NDArray[np.bool_], Ids]]:
         """Returns for each dataset concerned its rows, its normaliser, which of the numbers are its own, and where."""
         part_of = np.searchsorted(self._starts, numbers, side="right") - 1

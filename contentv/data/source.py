@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from contentv.base.errors import UserError
 from contentv.base.types import StoredBatch, TextCond
+from contentv.data.census import ScoreCensus, no_scores
 from contentv.data.joined import JoinedDatasets
 from contentv.data.pipeline import Stage
 from contentv.data.quarantine import Quarantine
@@ -29,7 +30,9 @@ class DatasetSource:
         steps: Stage[list[StoredBatch]],
         identity: dict[str, Any],
         quarantine: Quarantine,
+        census: Callable[[], ScoreCensus] = no_scores,
     ) -> None:
+        self.census = census
         self.info = info
         self.null_text = null_text
         self._steps = steps

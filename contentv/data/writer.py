@@ -30,7 +30,7 @@ from contentv.data.dataset import (
 from contentv.data.entries import leave_out_faulty, load_entries
 from contentv.data.files import disk_errors, write_atomic
 from contentv.data.index import DamagedShardError, IndexEntry, scan_tar
-from contentv.data.quality import write_quality
+from contentv.data.quality import drifted, write_quality
 from contentv.data.sample import SampleShapes
 from contentv.data.shard_set import CURATION_SHARD, ShardSetWriter, check_key, pack_sample, packed_bytes
 from contentv.data.shards import ShardWriter, index_path
@@ -67,6 +67,7 @@ class DatasetWriter:
         self._null_text = null_text_bytes(null_text, text)
         self._writers: dict[str, ShardWriter] = {}
         self._scores: list[tuple[str, float | None, float | None]] = []
+        self._fitted = 0  # how many of the scores quality.json was fitted to
         self._keys: set[str] = set()
         self._unsaved = False
         self.left_out: list[str] = []  # what adopt_shards did not take: shard, key and why
@@ -94,6 +95,7 @@ class DatasetWriter:
                 )
         for shard in info.shards:
             self._admit(_index(info, shard), shard.name)
+        self._fitted = len(self._scores)
         listed = {info.shard_path(shard) for shard in info.shards}
         found = self._root.glob(f"{SHARDS_FOLDER}/*/*.tar")
         unlisted = [path for path in found if path not in listed and not CURATION_SHARD.fullmatch(path.name)]
@@ -274,9 +276,12 @@ class DatasetWriter:
         self._info.sources = {}
         for source, _, _ in self._scores:
             self._info.sources[source] = self._info.sources.get(source, 0) + 1
+        for sentence in drifted(self._root, self._scores, self._fitted):
+            get_logger().warning(f"{sentence}; quality.json is fitted again, so the scores of earlier clips move")
         with disk_errors(self._root):
             write_atomic(self._root / NULL_TEXT_FILE, self._null_text)
             write_quality(self._root, self._scores)
+            self._fitted = len(self._scores)
             self._info.table = write_table(self._info, lambda shard: _index(self._info, shard))
             self._info.write()
         self._unsaved = False
@@ -310,8 +315,10 @@ class DatasetWriter:
             self.abandon()
 
 
-def refit_quality(path: str | Path) -> None:
+def refit_quality(path: str | Path) -> list[str]:
     """Fits quality.json again to the raw scores in a dataset's shards, which stay as they are.
+
+    Returns sentences about scores that were unlike those it was fitted to before.
 
     Raises:
         UserError: there is no dataset, or a writer is at work on it.
@@ -320,8 +327,11 @@ def refit_quality(path: str | Path) -> None:
     lock = lock_folder(info.path, "writing this dataset")
     try:
         entries = [entry for shard in info.shards for entry in _index(info, shard)]
+        scores = [(e.source, e.visual_raw, e.motion_raw) for e in entries if e.source is not None]
+        found = drifted(info.path, scores)
         with disk_errors(info.path):
-            write_quality(info.path, [(e.source, e.visual_raw, e.motion_raw) for e in entries if e.source is not None])
+            write_quality(info.path, scores)
+        return found
     finally:
         os.close(lock)
 

@@ -4,6 +4,8 @@ Each is a density on (0, 1) followed by a shift towards noise, s' = shift * s / 
 by inversion, one fp64 uniform number per sample, so the draw, the inverse CDF and the density cannot disagree. Math is
 fp64 inside; what comes out is fp32 in [1e-5, 1 - 1e-5], the ends of which no solver step and no model can use.
 
+Arithmetic on many draws gives each of them the same bits as alone, so a clip's sigma does not depend on its batch.
+
 Source: Esser et al., arXiv 2403.03206, sections 3.1 (logit-normal, mode) and 5.3.2 (shift).
 """
 
@@ -11,9 +13,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +24,7 @@ from torch import Tensor
 SIGMA_MIN = 1e-5
 SIGMA_MAX = 1 - 1e-5
 MODE_SCALE_MAX = 2 / (math.pi - 2)  # beyond it the mode sampler's map is no longer monotone
+_FP32 = 2.0**-22  # beyond the rounding of a sigma to fp32, which must not move it across a level
 _OPEN = 2.0**-52  # densities at the ends are evaluated this far inside
 
 Number: TypeAlias = float | int
@@ -32,6 +35,8 @@ class SigmaSampler(Protocol):
     """A distribution of sigma that knows no sample."""
 
     def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n"]: ...
+
+    def sample_each(self, generators: Sequence[torch.Generator]) -> Float[Tensor, "n"]: ...
 
     def icdf(self, u: Float[Tensor, "..."], survival: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]: ...
 
@@ -67,12 +72,43 @@ def log_shift_slope(sigma: Float[Tensor, "..."], shift: Number) -> Float[Tensor,
     return math.log(shift) - 2 * torch.log1p((shift - 1) * sigma)
 
 
+def logistic(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Returns 1 / (1 + exp(-x)); unlike torch's sigmoid, with the same bits for a number alone and among others."""
+    return torch.exp(-x).add_(1).reciprocal_()
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of sigma, fp64."""
+
+    mean: Float[Tensor, "..."]
+    std: Float[Tensor, "..."]
+
+
+def moments_of(cdf: Callable[[Tensor], Tensor]) -> Moments:
+    """Returns the moments of a distribution on (0, 1) from its distribution function alone.
+
+    E[s] is the integral of P(s > x) over (0, 1), E[s^2] that of 2 x P(s > x). On a grid of log odds both are smooth and
+    vanish at the ends, so the trapezoidal rule is exact to about 1e-9, also where the density itself has no bound.
+
+    Args:
+        cdf: takes noise levels (n,) and returns P(draw <= level), (n, ...).
+    """
+    x = torch.linspace(-36, 36, 3601, dtype=torch.float64)
+    sigma = logistic(x)
+    survival = 1 - cdf(sigma)
+    shape = (-1, *(1,) * (survival.ndim - 1))
+    width = (sigma * logistic(-x) * (x[1] - x[0])).view(shape)
+    mean = (survival * width).sum(0)
+    square = (2 * sigma.view(shape) * survival * width).sum(0)
+    return Moments(mean, (square - mean.square()).clamp_min(0).sqrt())
+
+
 def to_sigma(value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Returns fp64 noise levels as they leave this package: fp32 in [1e-5, 1 - 1e-5]."""
     return value.clamp(SIGMA_MIN, SIGMA_MAX).float()
 
 
-class _ShiftedSampler(ABC):
+class ShiftedSampler(ABC):
     """What the samplers share: inversion, the shift, and the change of variables. Subclasses know the unshifted law."""
 
     shift: Number
@@ -91,7 +127,11 @@ class _ShiftedSampler(ABC):
 
     def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
         """Returns `n` draws, fp32 in [1e-5, 1 - 1e-5], from one fp64 uniform number each of `generator`."""
-        return self.icdf(torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device))
+        return self.icdf(uniform(n, generator))
+
+    def sample_each(self, generators: Sequence[torch.Generator]) -> Float[Tensor, "n"]:
+        """Returns one draw of each generator: bit for bit those of `sample(1, generator)`, several times as fast."""
+        return self.icdf(torch.cat([uniform(1, generator) for generator in generators]))
 
     def icdf(self, u: Float[Tensor, "..."], survival: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
         """Returns the sigma below which a share `u` of all draws lies, fp32 in [1e-5, 1 - 1e-5].
@@ -124,9 +164,13 @@ class _ShiftedSampler(ABC):
         """Returns P(draw <= sigma), fp64."""
         return self.log_tails(sigma)[0].exp()
 
+    def moments(self) -> Moments:
+        """Returns the mean and standard deviation of the draws."""
+        return moments_of(self.cdf)
+
 
 @dataclass(frozen=True)
-class Uniform(_ShiftedSampler):
+class Uniform(ShiftedSampler):
     """Every noise level alike, then shifted.
 
     Args:
@@ -152,7 +196,7 @@ class Uniform(_ShiftedSampler):
 
 
 @dataclass(frozen=True)
-class LogitNormal(_ShiftedSampler):
+class LogitNormal(ShiftedSampler):
     """sigmoid(mean + std * z) with z standard normal, then shifted: the middle noise levels more often than the ends.
 
     Args:
@@ -175,7 +219,7 @@ class LogitNormal(_ShiftedSampler):
 
     def _quantile(self, u: Tensor, survival: Tensor) -> Tensor:
         z = torch.where(u < 0.5, torch.special.ndtri(u), -torch.special.ndtri(survival))
-        return torch.sigmoid(self.mean + self.std * z)
+        return logistic(self.mean + self.std * z)
 
     def _standardized(self, sigma: Tensor) -> Tensor:
         return (torch.logit(sigma) - self.mean) / self.std
@@ -190,7 +234,7 @@ class LogitNormal(_ShiftedSampler):
 
 
 @dataclass(frozen=True)
-class Mode(_ShiftedSampler):
+class Mode(ShiftedSampler):
     """u - scale * (sin(pi u / 2)^2 - u) with u uniform, then shifted: a hump in the middle that keeps the ends alive.
 
     Args:
@@ -220,6 +264,62 @@ class Mode(_ShiftedSampler):
 
     def _log_density(self, sigma: Tensor) -> Tensor:
         return -torch.log(1 + self.scale - self.scale * math.pi / 2 * torch.sin(math.pi * self._rank(sigma)))
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """Another sampler's draws, rounded up to multiples of 1 / levels: the noise levels of a discrete scheduler.
+
+    Args:
+        base: the distribution that is rounded, its shift included.
+        levels: how many noise levels there are, 2 or more; 1000 is usual.
+
+    Raises:
+        ValueError: there are fewer than two levels.
+    """
+
+    base: ShiftedSampler
+    levels: int
+
+    def __post_init__(self) -> None:
+        require(self.levels >= 2, "levels", self.levels, "2 or more")
+
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
+        """Returns `n` draws; as of `ShiftedSampler`."""
+        return self.icdf(uniform(n, generator))
+
+    def sample_each(self, generators: Sequence[torch.Generator]) -> Float[Tensor, "n"]:
+        """Returns one draw of each generator."""
+        return self.icdf(torch.cat([uniform(1, generator) for generator in generators]))
+
+    def icdf(self, u: Float[Tensor, "..."], survival: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
+        """Returns the level below or at which a share `u` of all draws lies; arguments as of `ShiftedSampler.icdf`."""
+        place = self.base.icdf(u, survival).double() * self.levels * (1 - _FP32)
+        return to_sigma(place.ceil() / self.levels)
+
+    def log_tails(self, sigma: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """Returns log P(draw <= sigma) and log P(draw > sigma), fp64."""
+        return self.base.log_tails((sigma.double() * self.levels * (1 + _FP32)).floor() / self.levels)
+
+    def cdf(self, sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Returns P(draw <= sigma), fp64."""
+        return self.log_tails(sigma)[0].exp()
+
+    def moments(self) -> Moments:
+        """Returns the mean and standard deviation of the draws: a sum over the levels."""
+        level = torch.arange(1, self.levels + 1, dtype=torch.float64) / self.levels
+        share = torch.diff(self.cdf(level), prepend=torch.zeros(1, dtype=torch.float64))
+        mean = (level * share).sum()
+        return Moments(mean, ((level - mean).square() * share).sum().sqrt())
+
+    def log_density(self, sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Raises a ValueError: separate levels have probabilities, which `cdf` tells, and no density."""
+        raise ValueError(f"levels={self.levels}: separate noise levels have no log density; use cdf, or levels=0")
+
+
+def uniform(n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
+    """Returns `n` fp64 numbers from [0, 1)."""
+    return torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def as_probability(u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

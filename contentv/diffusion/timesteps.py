@@ -1,7 +1,7 @@
 """The choice of a noise-level distribution: its configuration, its construction, and the keyed draw of a batch.
 
-The distributions themselves are in `samplers` (independent of the clip) and `tqd` (following a clip's scores); their
-names are public from here.
+The distributions themselves are in `samplers` and `beta` (independent of the clip) and `tqd` (following a clip's
+scores), weights of the loss in `weights`; their names are public from here.
 """
 
 from __future__ import annotations
@@ -14,14 +14,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contentv.base.errors import UserError, nearest
-from contentv.diffusion.samplers import LogitNormal, Mode, SigmaSampler, Uniform, shift_sigma
+from contentv.diffusion.beta import Beta
+from contentv.diffusion.samplers import (
+    Discrete,
+    LogitNormal,
+    Mode,
+    ShiftedSampler,
+    SigmaSampler,
+    Uniform,
+    require,
+    shift_sigma,
+)
 from contentv.diffusion.tqd import TQD
+from contentv.diffusion.weights import WEIGHTS, CosMap, MinSNR, SigmaWeight, mean_one
 
 __all__ = [
-    "TQD", "LogitNormal", "Mode", "SigmaSampler", "TimestepConfig", "Uniform", "build_sampler", "draw", "shift_sigma",
+    "TQD", "Beta", "CosMap", "Discrete", "LogitNormal", "MinSNR", "Mode", "SigmaSampler", "SigmaWeight",
+    "TimestepConfig", "Uniform", "build_sampler", "build_weight", "draw", "shift_sigma",
 ]  # fmt: skip
 
-BASES = ("logit_normal", "uniform", "mode")
+BASES = ("logit_normal", "uniform", "mode", "beta")
 
 
 @dataclass
@@ -34,15 +46,21 @@ class TimestepConfig:
 
     kind: str = field(
         default="logit_normal",
-        metadata={"help": "distribution of sigma: logit_normal | uniform | mode | tqd (by each clip's scores)"},
+        metadata={"help": "distribution of sigma: logit_normal | uniform | mode | beta | tqd (by each clip's scores)"},
     )
     mean: float = field(default=0.0, metadata={"help": "logit_normal: mean of the logit; above 0 leans towards noise"})
     std: float = field(default=1.0, metadata={"help": "logit_normal: standard deviation of the logit; above 0"})
     mode_scale: float = field(default=1.29, metadata={"help": "mode: -1..1.75; 0 = uniform, higher = more middle"})
+    alpha: float = field(default=1.5, metadata={"help": "beta: above 0; higher leans towards noise"})
+    beta: float = field(default=1.0, metadata={"help": "beta: above 0; higher leans towards clean clips"})
+    levels: int = field(
+        default=0,
+        metadata={"help": "rounds sigma up to multiples of 1/levels, as discrete schedulers do; 0 = off, or >= 2"},
+    )
     shift: float = field(
         default=1.0, metadata={"help": "moves sigma towards noise, s' = shift*s/(1+(shift-1)*s); above 0, 1 = off"}
     )
-    base: str = field(default="logit_normal", metadata={"help": "tqd: its base: logit_normal | uniform | mode"})
+    base: str = field(default="logit_normal", metadata={"help": "tqd: its base: logit_normal | uniform | mode | beta"})
     tqd_mode: str = field(
         default="quantile",
         metadata={"help": "tqd: quantile = the Beta draw is a rank of the base | direct = the Beta draw is sigma"},
@@ -55,12 +73,23 @@ class TimestepConfig:
         default=8.0, metadata={"help": "tqd: concentration at a score gap of 1; kappa_base or more; needs tuning"}
     )
     floor: float = field(default=0.0, metadata={"help": "tqd: probability of the base whatever the scores; 0..1"})
+    missing: str = field(
+        default="base", metadata={"help": "tqd: clips without scores get the base sampler (base) or an error (refuse)"}
+    )
+    loss_weight: str = field(
+        default="none",
+        metadata={"help": "weight of the loss by sigma, mean one over the draws: none | min_snr | cosmap"},
+    )
+    snr_gamma: float = field(
+        default=5.0, metadata={"help": "min_snr: signal-to-noise ratio above which a level counts no more; above 0"}
+    )
 
     def __post_init__(self) -> None:
         _require_known("kind", self.kind, (*BASES, "tqd"))
         _require_known("base", self.base, BASES)
+        _require_known("loss_weight", self.loss_weight, WEIGHTS)
         try:
-            build_sampler(self)
+            build_weight(self)
         except ValueError as error:
             raise UserError(
                 f"{error}", where="timestep", remedy="see `contentv train --help` for the range of each timestep key"
@@ -75,6 +104,8 @@ def build_sampler(config: TimestepConfig) -> SigmaSampler | TQD:
     """
     if config.kind != "tqd":
         return _build_base(config.kind, config)
+    direct = config.tqd_mode == "direct"
+    require(not (direct and config.levels), "levels", config.levels, "0 in tqd_mode=direct, whose draws are continuous")
     # Both readings of a TQD draw end up shifted once: as part of the base (quantile), or after the draw (direct).
     return TQD(
         _build_base(config.base, config),
@@ -82,15 +113,37 @@ def build_sampler(config: TimestepConfig) -> SigmaSampler | TQD:
         kappa_max=config.kappa_max,
         mode=config.tqd_mode,
         floor=config.floor,
-        shift=config.shift if config.tqd_mode == "direct" else 1.0,
+        shift=config.shift if direct else 1.0,
+        missing=config.missing,
     )
 
 
+def build_weight(config: TimestepConfig) -> SigmaWeight | None:
+    """Returns the weight of the loss a configuration describes, None for none; its mean over the base's draws is 1.
+
+    Raises:
+        ValueError: a parameter is out of range.
+    """
+    sampler = build_sampler(config)
+    if config.loss_weight == "none":
+        return None
+    weight = MinSNR(config.snr_gamma) if config.loss_weight == "min_snr" else CosMap()
+    return mean_one(weight, sampler.base if isinstance(sampler, TQD) else sampler)
+
+
 def _build_base(kind: str, config: TimestepConfig) -> SigmaSampler:
+    require(config.levels >= 0, "levels", config.levels, "0 or more")
+    law = _build_law(kind, config)
+    return Discrete(law, config.levels) if config.levels else law
+
+
+def _build_law(kind: str, config: TimestepConfig) -> ShiftedSampler:
     if kind == "logit_normal":
         return LogitNormal(config.mean, config.std, config.shift)
     if kind == "mode":
         return Mode(config.mode_scale, config.shift)
+    if kind == "beta":
+        return Beta(config.alpha, config.beta, config.shift)
     return Uniform(config.shift)
 
 
@@ -129,7 +182,5 @@ def draw(
             f"motion {tuple(motion.shape)} and visual {tuple(visual.shape)} must have one entry per generator, ({b},)"
         )
     if isinstance(sampler, TQD):
-        rows = [sampler.sample(motion[i : i + 1], visual[i : i + 1], generators[i]) for i in range(b)]
-    else:
-        rows = [sampler.sample(1, generator) for generator in generators]
-    return torch.cat(rows)
+        return sampler.sample_each(motion, visual, generators)
+    return sampler.sample_each(generators)

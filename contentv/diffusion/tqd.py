@@ -14,9 +14,11 @@ and a clip is kept with probability max(motion, visual). Two readings of u:
   exactly, because u is then uniform. The base carries its own shift.
 
 Random numbers, in this order, all from the one generator of `sample`: the base sampler's draws for the clips without
-scores; with floor > 0 one uniform number per scored clip; two arrays of Gamma draws and two of uniform ones for the
-scored clips; with floor > 0 the base sampler's draws for them. So with one generator per clip, a clip without scores
-gets the very number the base sampler gives it. Equal scores give the base's distribution, not its numbers.
+scores; then, for 65,536 scored clips at a time, with floor > 0 one uniform number per clip, two arrays of Gamma draws
+and two of uniform ones, and with floor > 0 the base sampler's draws. So with one generator per clip, a clip without
+scores gets the very number the base sampler gives it. Equal scores give the base's distribution, not its numbers.
+
+Scores are NaN where a clip has none. Such clips get the base sampler, or are refused: `missing` says which.
 
 Source: Luo et al., TQD, arXiv 2603.25527. The formulas of gap, mu, kappa and the keep probability are [reported], from
 notes on the paper whose full text we could not open; kappa_max = 8, the quantile reading (also in a third-party image
@@ -26,27 +28,42 @@ trainer) and the floor are [inferred] choices of ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from scipy import special
 from torch import Tensor
 
+from contentv.diffusion.beta import beta_cdf, beta_log_odds, beta_quantile
 from contentv.diffusion.samplers import (
+    Moments,
     Number,
     SigmaSampler,
     as_probability,
     bisect,
     log_shift_slope,
+    logistic,
+    moments_of,
     require,
     shift_sigma,
     to_sigma,
+    uniform,
 )
 
 MODES = ("quantile", "direct")
+MISSING = ("base", "refuse")
 SHAPE_MIN = 1e-3  # least alpha and beta: at a gap of +-1 one of them is 0 and the Beta law a point mass
+_BLOCK = 65_536  # clips drawn at a time: what they need fits in the processor's cache
+
+
+class _Numbers(NamedTuple):
+    """The random numbers of some scored clips: one row each of two, then of two; the others only with a floor."""
+
+    gammas: Tensor
+    uniforms: Tensor
+    floor: Tensor
+    base: Tensor
 
 
 class TQD:
@@ -60,6 +77,7 @@ class TQD:
         mode: "quantile" or "direct".
         floor: probability of using the base sampler whatever the scores, 0..1; 0 = off.
         shift: of the draw in direct mode, above 0. In quantile mode the base has its own and this must stay 1.
+        missing: what clips without scores get: "base", the base sampler, or "refuse", a ValueError.
 
     Raises:
         ValueError: a parameter is out of range.
@@ -73,6 +91,7 @@ class TQD:
         mode: str = "quantile",
         floor: Number = 0.0,
         shift: Number = 1.0,
+        missing: str = "base",
     ) -> None:
         require(0 < kappa_base < math.inf, "kappa_base", kappa_base, "above 0")
         require(kappa_base <= kappa_max < math.inf, "kappa_max", kappa_max, f"at least kappa_base={kappa_base}")
@@ -80,12 +99,14 @@ class TQD:
         require(0 <= floor <= 1, "floor", floor, "in 0..1")
         require(0 < shift < math.inf, "shift", shift, "above 0")
         require(mode == "direct" or shift == 1, "shift", shift, "1 in mode=quantile, where the base carries the shift")
+        require(missing in MISSING, "missing", missing, "base or refuse")
         self.base = base
         self.kappa_base = kappa_base
         self.kappa_max = kappa_max
         self.mode = mode
         self.floor = floor
         self.shift = shift
+        self.missing = missing
 
     def __repr__(self) -> str:
         values = f"kappa_base={self.kappa_base}, kappa_max={self.kappa_max}, mode={self.mode}, floor={self.floor}"
@@ -108,19 +129,51 @@ class TQD:
             raise ValueError(f"motion must have the shape (b,), got {tuple(motion.shape)}")
         device = generator.device
         alpha, beta, missing = self._parameters(motion.to(device), visual.to(device))
+        shapes = torch.stack([alpha, beta])[:, ~missing]
         sigma = torch.empty(motion.shape, device=device)
         sigma[missing] = self.base.sample(int(missing.sum()), generator)
-        sigma[~missing] = self._sample_scored(alpha[~missing], beta[~missing], generator)
+        blocks = [self._place_scored(block, self._numbers(block, generator)) for block in shapes.split(_BLOCK, dim=1)]
+        sigma[~missing] = torch.cat(blocks)
         return sigma
 
-    def _sample_scored(self, alpha: Tensor, beta: Tensor, generator: torch.Generator) -> Tensor:
-        n, device = alpha.numel(), generator.device
-        floored = None
-        if self.floor > 0:
-            floored = torch.rand(n, generator=generator, dtype=torch.float64, device=device) < self.floor
-        log_odds = _beta_log_odds(alpha, beta, generator)
-        sigma = self._place(torch.sigmoid(log_odds), torch.sigmoid(-log_odds))
-        return sigma if floored is None else torch.where(floored, self.base.sample(n, generator), sigma)
+    def sample_each(
+        self, motion: Float[Tensor, "b"], visual: Float[Tensor, "b"], generators: Sequence[torch.Generator]
+    ) -> Float[Tensor, "b"]:
+        """Returns one sigma per clip, each from its own CPU generator: bit for bit what `sample` gives it alone.
+
+        Args:
+            motion: motion scores (b,) in 0..1; NaN = none.
+            visual: visual scores (b,), likewise.
+            generators: one per clip.
+
+        Raises:
+            ValueError: as of `sample`.
+        """
+        alpha, beta, missing = self._parameters(motion, visual)
+        shapes = torch.stack([alpha, beta])
+        sigma = torch.empty(motion.shape)
+        rows: list[_Numbers] = []
+        for i, without in enumerate(missing.tolist()):
+            if without:
+                sigma[i : i + 1] = self.base.sample(1, generators[i])
+            else:
+                rows.append(self._numbers(shapes[:, i : i + 1], generators[i]))
+        if rows:
+            numbers = _Numbers(*(torch.cat(parts, dim=-1) for parts in zip(*rows, strict=True)))
+            sigma[~missing] = self._place_scored(shapes[:, ~missing], numbers)
+        return sigma
+
+    def _numbers(self, shapes: Float[Tensor, "2 n"], generator: torch.Generator) -> _Numbers:
+        n = shapes.shape[1]
+        floor = uniform(n, generator) if self.floor > 0 else shapes[0, :0]
+        gammas = torch._standard_gamma(shapes + 1, generator=generator)
+        uniforms = uniform(2 * n, generator).view(2, n)
+        return _Numbers(gammas, uniforms, floor, self.base.sample(n, generator) if self.floor > 0 else floor)
+
+    def _place_scored(self, shapes: Float[Tensor, "2 n"], numbers: _Numbers) -> Float[Tensor, "n"]:
+        log_odds = beta_log_odds(shapes, numbers.gammas, numbers.uniforms)
+        sigma = self._place(logistic(log_odds), logistic(-log_odds))
+        return sigma if self.floor == 0 else torch.where(numbers.floor < self.floor, numbers.base, sigma)
 
     def icdf(
         self, u: Float[Tensor, "..."], motion: Float[Tensor, "..."], visual: Float[Tensor, "..."]
@@ -140,8 +193,8 @@ class TQD:
         if self.floor > 0:
             scored = to_sigma(bisect(lambda sigma: self._scored_cdf(sigma, alpha, beta), wide))
         else:
-            rank = _elementwise(special.betaincinv, alpha, beta, wide)
-            scored = self._place(rank, _elementwise(special.betaincinv, beta, alpha, 1 - wide))
+            rank = beta_quantile(alpha, beta, wide)
+            scored = self._place(rank, beta_quantile(beta, alpha, 1 - wide))
         return torch.where(missing, self.base.icdf(wide), scored)
 
     def cdf(
@@ -152,10 +205,18 @@ class TQD:
         wide = sigma.double()
         return torch.where(missing, self.base.log_tails(wide)[0].exp(), self._scored_cdf(wide, alpha, beta))
 
+    def moments(self, motion: Float[Tensor, "..."], visual: Float[Tensor, "..."]) -> Moments:
+        """Returns the mean and standard deviation of the draws of clips with these scores, of the scores' shape.
+
+        In direct mode without floor and shift they are mu and sqrt(mu * (1 - mu) / (kappa + 1)). Errors as in `icdf`.
+        """
+        shape = (-1, *(1,) * motion.ndim)
+        return moments_of(lambda sigma: self.cdf(sigma.view(shape), motion, visual))
+
     def _scored_cdf(self, sigma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
         of_base = self.base.log_tails(sigma)[0].exp()
         place = of_base if self.mode == "quantile" else shift_sigma(sigma, 1 / self.shift)
-        return (1 - self.floor) * _elementwise(special.betainc, alpha, beta, place) + self.floor * of_base
+        return (1 - self.floor) * beta_cdf(alpha, beta, place) + self.floor * of_base
 
     def log_density(
         self, sigma: Float[Tensor, "..."], motion: Float[Tensor, "..."], visual: Float[Tensor, "..."]
@@ -192,14 +253,18 @@ class TQD:
         Raises:
             ValueError: a score is outside 0..1, or the shapes differ.
         """
-        best = torch.maximum(*checked_scores(motion, visual))  # NaN if either is
-        return best.nan_to_num(nan=1.0).float()
+        return keep_probability(motion, visual)
 
     def _parameters(self, motion: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Bool[Tensor, "..."]]:
         """The Beta law's alpha and beta (those of equal scores where one is missing), and which clips lack scores."""
         motion, visual = checked_scores(motion, visual)
         gap = motion - visual
         missing = gap.isnan()
+        if self.missing == "refuse" and bool(missing.any()):
+            raise ValueError(
+                f"motion and visual scores are NaN for {int(missing.sum())} of {missing.numel()} clips: "
+                "missing=refuse wants all clips scored, missing=base gives these the base sampler"
+            )
         gap = gap.nan_to_num(nan=0.0)
         mean = 0.5 + 0.5 * gap
         kappa = self.kappa_base + (self.kappa_max - self.kappa_base) * gap.abs()
@@ -209,6 +274,16 @@ class TQD:
         if self.mode == "quantile":
             return self.base.icdf(u, survival)
         return to_sigma(shift_sigma(u, self.shift))
+
+
+def keep_probability(motion: Float[Tensor, "..."], visual: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Returns max(motion, visual), the probability of keeping a clip in an epoch, fp32; 1 for clips without scores.
+
+    Raises:
+        ValueError: a score is outside 0..1, or the shapes differ.
+    """
+    best = torch.maximum(*checked_scores(motion, visual))  # NaN if either is
+    return best.nan_to_num(nan=1.0).float()
 
 
 def checked_scores(
@@ -226,20 +301,3 @@ def checked_scores(
         if bool(wrong.any()):
             raise ValueError(f"{name} scores must be in 0..1 (NaN = missing), got {float(scores[wrong][0])}")
     return motion.double(), visual.double()
-
-
-def _beta_log_odds(alpha: Tensor, beta: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws of log(u / (1 - u)), u ~ Beta(alpha, beta), finite where u itself would round to 0 or 1."""
-    # Gamma(a) = Gamma(a + 1) * uniform^(1/a), in logs: for the small shapes of a large gap the product underflows.
-    gammas = [torch._standard_gamma(shape + 1, generator=generator).log() for shape in (alpha, beta)]
-    logs = []
-    for gamma, shape in zip(gammas, (alpha, beta), strict=True):
-        uniform = torch.rand(shape.shape, generator=generator, dtype=torch.float64, device=generator.device)
-        logs.append(gamma + torch.log1p(-uniform) / shape)
-    return logs[0] - logs[1]
-
-
-def _elementwise(function: Callable[..., Any], *tensors: Tensor) -> Tensor:
-    """One of scipy's special functions on tensors; torch has neither the incomplete Beta function nor its inverse."""
-    result = function(*(x.detach().cpu().numpy() for x in tensors))
-    return torch.as_tensor(result, dtype=torch.float64, device=tensors[0].device)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from contentv.base.types import VelocityModel
 from contentv.engine.parallelize import parallelize
+from contentv.engine.partitioner import forget_second_copies, initialize, make_room, with_groups
 from contentv.engine.plans import MMDIT_PLAN
 from contentv.engine.weights import Weights, fill, partitioned_places, settle, whole_places
-from contentv.engine.zero import dtype_of, import_deepspeed, make_room, with_groups
-from contentv.engine.zero_config import PERSIST_BELOW, Ranks, deepspeed_config
+from contentv.engine.zero import dtype_of, memory_bytes
+from contentv.engine.zero_config import deepspeed_config, weight_sizes
 from contentv.parallel.mesh import Mesh, ParallelConfig
 from contentv.parallel.tensor import TensorPlan
 
@@ -39,7 +40,7 @@ def frozen_model(
     *,
     weights: Weights | None = None,
     plan: TensorPlan = MMDIT_PLAN,
-    persist_below: int = PERSIST_BELOW,
+    persist_below: int | None = None,
 ) -> VelocityModel:
     """Returns `model` as a frozen reference, such as RLHF's: split like the trained model, partitioned under ZeRO-3.
 
@@ -50,7 +51,7 @@ def frozen_model(
         mesh, parallel, precision, device: those of the engine.
         weights: the whole parameters by name, the same on every rank: tensors, or anything sliced like one.
         plan: how tensor ranks split the model.
-        persist_below: weights of fewer elements are not partitioned.
+        persist_below: weights of fewer elements are not partitioned; None = the vectors are not.
 
     Raises:
         ValueError: the weights are not those of the model.
@@ -59,15 +60,18 @@ def frozen_model(
     weights = settle(model, weights, mesh, device)
     splits = parallelize(model, mesh, device=device, plan=plan)
     model.requires_grad_(False).eval()
-    settings = dataclasses.replace(parallel, offload="all" if parallel.offload == "all" else "none")
-    numel = sum(p.numel() for p in model.parameters())
-    config = deepspeed_config(settings, precision, device, numel, persist_below=persist_below)
+    settings = dataclasses.replace(parallel, offload="all" if parallel.offload == "all" else "none", compile=False)
+    sizes = weight_sizes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    config = deepspeed_config(
+        settings, precision, device, sizes, memory_bytes=memory_bytes(device), persist_below=persist_below
+    )
     config["zero_optimization"].pop("offload_optimizer", None)
     make_room(model, mesh, parallel, dtype_of(precision), device, config)
     parameters = dict(model.named_parameters())
     if parallel.zero_stage < 3:
         fill(weights, whole_places(parameters, splits, mesh, device))
         return FrozenModel(model)
-    inner, *_ = import_deepspeed(device).initialize(model=model, config=config, mpu=Ranks(mesh))
+    inner = initialize(model, mesh, settings, config, device)
     fill(weights, partitioned_places(parameters, splits, mesh, device))
+    forget_second_copies(model)
     return FrozenModel(inner)

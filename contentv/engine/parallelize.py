@@ -2,32 +2,31 @@
 
 1. tensor parallelism: the plan's layers become their parts;
 2. sequence parallelism: the three seams are replaced;
-3. activation recompute: each block's forward is run again in the backward pass;
-4. compilation, block by block;
+3. compilation, block by block: the attention, which may talk to other ranks, runs between a block's compiled parts;
+4. activation recompute: each block's forward, compiled or not, is run again in the backward pass;
 5. ZeRO comes last and is the caller's (`engine.zero`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from contentv.engine.activation_offload import ActivationOffload
 from contentv.engine.plans import MMDIT_PLAN
+from contentv.engine.recompute import recomputed
 from contentv.parallel.collectives import equalize
 from contentv.parallel.mesh import RECOMPUTES, Mesh
+from contentv.parallel.overlap import OverlappedUlysses
+from contentv.parallel.sequence_norms import SequenceNorms
 from contentv.parallel.tensor import Split, TensorPlan, apply_plan
 from contentv.parallel.ulysses import Attend, Ulysses
 
-# Every fused attention says so in its operator's name: aten::_scaled_dot_product_*, flash_attn::_flash_attn_*,
-# npu::npu_fusion_attention.
-ATTENTION_OPERATORS = ("scaled_dot_product", "flash_attn", "fusion_attention", "efficient_attention")
 
-
+@runtime_checkable
 class Seamed(Protocol):
     """A model with the three seams and its blocks, such as `contentv.models.mmdit.MMDiT`."""
 
@@ -42,6 +41,7 @@ def parallelize(
     mesh: Mesh,
     *,
     recompute: str = "none",
+    offload_activations: bool = False,
     compile: bool = False,
     device: torch.device | None = None,
     plan: TensorPlan = MMDIT_PLAN,
@@ -55,6 +55,7 @@ def parallelize(
         model: the whole model; has the seams and `transformer_blocks`. It can be parallelized once.
         mesh: this rank's place.
         recompute: none, selective (all but the attention itself) or full: what the backward pass computes again.
+        offload_activations: keep in host memory what recomputed layers keep.
         compile: also compile each block with torch.compile.
         device: where collectives want their tensors; the CPU by default.
         plan: the tensor-parallel plan.
@@ -71,42 +72,35 @@ def parallelize(
         equalize(model.parameters(), device or torch.device("cpu"))
     splits = apply_plan(model, plan, mesh)
     seamed = cast(Seamed, model)
-    if mesh.sp > 1:
-        assert mesh.sp_group is not None
-        ulysses = Ulysses(mesh.sp_group, seamed.attend, mesh.ulysses_group, mesh.ring_group)
-        seamed.attend, seamed.split_tokens, seamed.merge_tokens = (
-            ulysses.attend, ulysses.split_tokens, ulysses.merge_tokens,
-        )  # fmt: skip
+    replace_seams(seamed, mesh, device or torch.device("cpu"))
+    if compile and not hasattr(seamed.attend, "begin"):  # which sees to it itself
+        seamed.attend = torch.compiler.disable(seamed.attend)
+    offload = ActivationOffload(device or torch.device("cpu")) if offload_activations else None
     for block in seamed.transformer_blocks:
-        if recompute != "none":
-            block.forward = recomputed(block.forward, selective=recompute == "selective")
         if compile:
             block.forward = torch.compile(block.forward)
+        if recompute != "none":
+            block.forward = recomputed(block.forward, selective=recompute == "selective", offload=offload)
     return splits
 
 
-def recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:
-    """Returns `forward` that keeps its inputs alone (and, if selective, attention outputs) for the backward pass."""
-    extra: dict[str, Any] = {}
-    if selective:
-        extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+def replace_seams(model: Seamed, mesh: Mesh, device: torch.device) -> None:
+    """Puts what the ranks of a sample exchange in the place of the model's seams.
 
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        # The model draws no random numbers, so no generator state need be kept.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **extra, **kwargs)
-
-    return run
-
-
-def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Returns "keep" for fused attention and "compute again" for everything else.
-
-    At long video the attention is most of a block's work, and its output a small part of the block's activations.
+    Args:
+        model: with the seams of a single process.
+        mesh: this rank's place.
+        device: where the model runs; on accelerators exchanges overlap with projections unless the mesh says otherwise.
     """
-    name = str(operator)
-    if any(part in name for part in ATTENTION_OPERATORS) and "backward" not in name:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    ulysses: Ulysses | None = None
+    if mesh.sp > 1:
+        assert mesh.sp_group is not None
+        overlapped = mesh.exchange == "overlapped" or (mesh.exchange == "auto" and device.type != "cpu")
+        kind = OverlappedUlysses if overlapped and mesh.ulysses > 1 else Ulysses
+        ulysses = kind(mesh.sp_group, model.attend, mesh.ulysses_group, mesh.ring_group, unit=mesh.token_unit)
+    seams: Ulysses | SequenceNorms | None = ulysses
+    if mesh.sequence_norms:
+        assert mesh.tp_group is not None
+        seams = SequenceNorms(mesh.tp_group, model.attend, ulysses)
+    if seams is not None:
+        model.attend, model.split_tokens, model.merge_tokens = seams.attend, seams.split_tokens, seams.merge_tokens

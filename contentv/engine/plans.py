@@ -13,5 +13,8 @@ MMDIT_PLAN = TensorPlan(
         "*.ff.net.0.proj", "*.ff_context.net.0.proj",
     ),
     row=("*.attn.to_out.0", "*.attn.to_add_out", "*.ff.net.2", "*.ff_context.net.2"),
+    inputs=("*.attn", "*.ff", "*.ff_context"),
     partial=("*.attn.norm_q", "*.attn.norm_k", "*.attn.norm_added_q", "*.attn.norm_added_k"),
+    tokenwise=("pos_embed.proj", "context_embedder", "proj_out"),
+    modulations=("*.norm1.linear", "*.norm1_context.linear", "norm_out.linear"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The training engine: DeepSpeed's ZeRO 1, 2 or 3 over a parallelized model. The one module that imports deepspeed.
+"""The training engine: DeepSpeed's ZeRO 1, 2 or 3 over a parallelized model.
 
 What DeepSpeed is told and what is ours:
   - To DeepSpeed, sequence ranks are data ranks, and nothing it sees mentions sequences: told of them, it scales
@@ -12,10 +12,6 @@ What DeepSpeed is told and what is ours:
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contentv.base.device import module as device_module
 from contentv.base.errors import UserError
 from contentv.base.types import VelocityModel
 from contentv.engine import checkpoint
@@ -31,24 +28,15 @@ from contentv.engine.ema import MovingAverage
 from contentv.engine.optim import OptimConfig, lr_at
 from contentv.engine.parallelize import parallelize
 from contentv.engine.partition import Entry, Partition, fragments_of
+from contentv.engine.partitioner import forget_second_copies, initialize, make_room, with_groups
 from contentv.engine.plans import MMDIT_PLAN
-from contentv.engine.weights import (
-    Weights,
-    fill,
-    give_back,
-    hollow,
-    partitioned_places,
-    replace_parameters,
-    settle,
-    whole_places,
-)
-from contentv.engine.zero_config import PERSIST_BELOW, Ranks, deepspeed_config
-from contentv.parallel.collectives import any_of, gather_json, start, sum_over
-from contentv.parallel.mesh import Mesh, ParallelConfig, build_mesh
+from contentv.engine.weights import Weights, fill, partitioned_places, settle, whole_places
+from contentv.engine.zero_config import deepspeed_config, weight_sizes
+from contentv.parallel.collectives import any_of, gather_json, sum_over
+from contentv.parallel.mesh import Mesh, ParallelConfig
 from contentv.parallel.tensor import TensorPlan, sum_partial_gradients
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DEPRECATED = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 @dataclass(frozen=True)
@@ -71,19 +59,6 @@ def dtype_of(precision: str) -> torch.dtype:
     return DTYPES[precision]
 
 
-def import_deepspeed(device: torch.device) -> Any:
-    """Returns the deepspeed module, told which accelerator it runs on and to keep quiet."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    for name in DEPRECATED:  # names of torch that DeepSpeed still uses: one line per collective otherwise
-        warnings.filterwarnings("ignore", message=f"`torch.distributed.{name}` is deprecated", category=FutureWarning)
-    import deepspeed
-
-    # On the CPU it would compile a C++ all-reduce at start-up, for a minute, that training never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
-
-
 def build_engine(
     model: nn.Module,
     mesh: Mesh,
@@ -97,9 +72,8 @@ def build_engine(
     device: torch.device,
     weights: Weights | None = None,
     load_follows: bool = False,
-    compile: bool = False,
     plan: TensorPlan = MMDIT_PLAN,
-    persist_below: int = PERSIST_BELOW,
+    persist_below: int | None = None,
 ) -> ZeroEngine:
     """Returns the engine that trains `model`, which it takes over: parallelized, partitioned and on `device`.
 
@@ -111,29 +85,30 @@ def build_engine(
         mesh: this rank's place.
         optim: AdamW, schedule, clipping, moving average.
         precision: fp32, or bf16 for the weights and activations; the optimiser's master weights are fp32 in any case.
-        parallel: ZeRO stage, offload, recompute.
+        parallel: ZeRO stage, hpZ, offload, recompute, compile.
         micro_batch_size: samples of a forward pass on this rank; only reported to DeepSpeed.
         accumulation_steps: micro-batches before a step; any number works, this is the usual one.
         max_steps: steps of the run, for the schedule.
         device: this rank's device.
         weights: the whole parameters by name, the same on every rank: tensors, or anything sliced like one.
         load_follows: a checkpoint is loaded next: of the weights, only the frozen ones are read.
-        compile: compile each block.
         plan: how tensor ranks split the model.
-        persist_below: weights of fewer elements are not partitioned by ZeRO-3.
+        persist_below: weights of fewer elements are not partitioned by ZeRO-3; None = the vectors are not.
 
     Raises:
         ValueError: the precision is unknown, nothing is to be trained, or the weights are not those of the model.
-        UserError: a part of the weights is to be trained with tensor parallelism.
+        UserError: a part is to be trained with tensor parallelism, or `parallel.hpz` does not divide the ranks.
     """
     mesh = with_groups(mesh, device)
     weights, trained = settle(model, weights, mesh, device), _trained(model, mesh)
-    splits = parallelize(model, mesh, recompute=parallel.recompute, compile=compile, device=device, plan=plan)
+    splits = parallelize(
+        model, mesh, recompute=parallel.recompute, offload_activations=parallel.offload_activations,
+        compile=parallel.compile, device=device, plan=plan,
+    )  # fmt: skip
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    numel, trained_numel = (sum(math.prod(shapes[name]) for name in names) for names in (shapes, trained))
     config = deepspeed_config(
-        parallel, precision, device, numel, grad_clip=optim.grad_clip, trained_numel=trained_numel,
-        micro_batch_size=micro_batch_size, persist_below=persist_below,
+        parallel, precision, device, sizes := weight_sizes(shapes, trained), grad_clip=optim.grad_clip,
+        micro_batch_size=micro_batch_size, memory_bytes=memory_bytes(device), persist_below=persist_below,
     )  # fmt: skip
     make_room(model, mesh, parallel, dtype_of(precision), device, config)
     sum_partial_gradients(model, plan, mesh)  # the parameters are new ones
@@ -145,8 +120,7 @@ def build_engine(
         [parameters[name] for name in trained], lr=lr_at(0, optim, max_steps), betas=(optim.betas[0], optim.betas[1]),
         eps=optim.eps, weight_decay=optim.weight_decay,
     )  # fmt: skip
-    inner, *_ = import_deepspeed(device).initialize(model=model, optimizer=adamw, config=config, mpu=Ranks(mesh))
-    give_back()  # DeepSpeed has moved the partitions into one buffer
+    inner = initialize(model, mesh, parallel, config, device, adamw)
     name_of = {parameter: name for name, parameter in parameters.items()}.__getitem__
     fragments, masters = fragments_of(inner.optimizer, name_of, mesh.zero_rank)
     partition = Partition([Entry(n, shapes[n], splits.get(n), fragments[n]) for n in trained], mesh, device)
@@ -155,10 +129,15 @@ def build_engine(
         targets.append(partitioned_places(frozen, splits, mesh, device))
     if parallel.zero_stage == 3 or precision == "bf16":  # bf16: DeepSpeed's master weights are of the rounded ones
         fill(weights, *targets)
-    engine = ZeroEngine(inner, adamw, partition, masters, optim, max_steps, parallel, numel - trained_numel)
+    engine = ZeroEngine(inner, adamw, partition, masters, optim, max_steps, parallel, sizes.total - sizes.trained)
     if parallel.zero_stage == 3:
         engine.weights_from_masters()
     return engine
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Returns the memory of an accelerator; 0 on the CPU, whose memory all processes share."""
+    return 0 if device.type == "cpu" else int(device_module(device).mem_get_info(device)[1])
 
 
 def _trained(model: nn.Module, mesh: Mesh) -> list[str]:
@@ -172,45 +151,6 @@ def _trained(model: nn.Module, mesh: Mesh) -> list[str]:
             remedy="use parallel.tp=1, and parallel.sp= for more ranks per clip",
         )  # fmt: skip
     return [name for name, wanted in required.items() if wanted]
-
-
-def make_room(
-    model: nn.Module, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device,
-    config: dict[str, Any],
-) -> None:  # fmt: skip
-    """Gives a model of shapes memory for its values, which are zeros: under ZeRO-3 for this rank's partition alone."""
-    for name, buffer in model.named_buffers():
-        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(device)
-    if parallel.zero_stage < 3:
-        replace_parameters(model, lambda parameter: torch.zeros(parameter.shape, dtype=dtype, device=device))
-        return
-    replace_parameters(model, lambda parameter: hollow(parameter, dtype, device))
-    zero_init = import_deepspeed(device).zero.partition_parameters
-
-    class Partitioner(zero_init.Init):  # type: ignore[name-defined]
-        """DeepSpeed's, for weights that have no values yet: none is ever whole, and none is sent around."""
-
-        def _zero_init_param(self, parameter: Any) -> None:
-            self._convert_to_deepspeed_param(parameter)
-            size = -(-parameter.ds_numel // self.dp_world_size)
-            part: Any = torch.zeros(size, dtype=dtype, device=self.remote_device)
-            part = zero_init.get_accelerator().pin_memory(part) if self.pin_memory else part
-            part.ds_numel, part.final_location = size, None
-            part.status = zero_init.PartitionedParamStatus.AVAILABLE
-            parameter.ds_tensor, parameter.ds_numel_aligned = part, size * self.dp_world_size
-            parameter.partition()  # which only lets go of the hollow one
-
-    Partitioner(module=model, data_parallel_group=mesh.zero_group, config_dict_or_path=config, mpu=Ranks(mesh))
-
-
-def with_groups(mesh: Mesh, device: torch.device) -> Mesh:
-    """Returns the mesh, with process groups of one rank each where a single process has none yet."""
-    if mesh.zero_group is not None:
-        return mesh
-    if mesh.world != 1:
-        raise ValueError(f"a mesh of {mesh.describe()} needs its process groups: make it with build_mesh")
-    start(device)
-    return build_mesh(ParallelConfig(), 1, 0)
 
 
 class ZeroEngine:
@@ -346,6 +286,7 @@ class ZeroEngine:
         optimizer._partition_all_parameters()
         for group in range(len(self._masters)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        forget_second_copies(self._inner.module)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 

@@ -2,14 +2,62 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from contentv.parallel.mesh import Mesh, ParallelConfig
 
-BUCKET_ELEMENTS = 50_000_000
-PERSIST_BELOW = 100_000  # smaller weights stay whole on every rank under ZeRO-3
+BUCKET_BYTES = 100_000_000  # ours: some ms on any link, so that a collective's start-up does not count
+LIVE_SHARE = 1 / 32  # ours: of the device's memory, for whole weights that wait for the backward pass
+LIVE_LAYERS = 2  # at least: the one that is computed and the one that arrives
+LIVE_UNKNOWN = 1_000_000_000  # DeepSpeed's own, where the device's memory is the host's
+_LAYER = re.compile(r"(.*blocks\.\d+)\.|(.*)\.[^.]+$")
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Elements of one tensor rank's weights: what DeepSpeed's buckets and limits are derived from.
+
+    Attributes:
+        total: all weights.
+        trained: those with gradients.
+        tensor: the largest tensor's.
+        layer: the largest layer's: a block, or a module outside of the blocks.
+        vector: the longest vector's: biases, norms.
+    """
+
+    total: int
+    trained: int
+    tensor: int
+    layer: int
+    vector: int
+
+
+def weight_sizes(shapes: Mapping[str, tuple[int, ...]], trained: Collection[str] | None = None) -> WeightSizes:
+    """Returns the sizes of weights.
+
+    Args:
+        shapes: by name, as this tensor rank has them.
+        trained: the names of those with gradients; None = all.
+    """
+    numel = {name: math.prod(shape) for name, shape in shapes.items()}
+    layers: dict[str, int] = {}
+    for name, size in numel.items():
+        match = _LAYER.match(name)
+        layer = name if match is None else match[1] or match[2]
+        layers[layer] = layers.get(layer, 0) + size
+    return WeightSizes(
+        total=sum(numel.values()),
+        trained=sum(numel[name] for name in (numel if trained is None else trained)),
+        tensor=max(numel.values()),
+        layer=max(layers.values()),
+        vector=max((size for name, size in numel.items() if len(shapes[name]) == 1), default=0),
+    )
 
 
 class Ranks:
@@ -41,34 +89,56 @@ class Ranks:
         return self._mesh.zero
 
 
-def deepspeed_config(
-    parallel: ParallelConfig, precision: str, device: torch.device, numel: int, *,
-    grad_clip: float = 0.0, trained_numel: int | None = None, micro_batch_size: int = 1,
-    persist_below: int = PERSIST_BELOW,
-) -> dict[str, Any]:  # fmt: skip
-    """Returns DeepSpeed's configuration, derived from ours: users never write it.
+def zero_limits(sizes: WeightSizes, itemsize: int, memory_bytes: int = 0) -> dict[str, int]:
+    """Returns the elements of DeepSpeed's buckets, and of the weights that ZeRO-3 keeps whole, each with its reason.
 
     Args:
-        parallel: ZeRO stage and offload.
+        sizes: of the weights on a tensor rank.
+        itemsize: bytes of a weight.
+        memory_bytes: of the device; 0 = unknown.
+    """
+    bucket = max(BUCKET_BYTES // itemsize, sizes.tensor)  # a gradient that no bucket holds is copied on its own
+    live = max(int(memory_bytes * LIVE_SHARE) // itemsize, LIVE_LAYERS * sizes.layer) if memory_bytes else LIVE_UNKNOWN
+    return {
+        "reduce_bucket_size": min(bucket, max(sizes.trained, 1)),
+        "allgather_bucket_size": min(bucket, sizes.total),
+        # While a layer is computed the next arrives. What is fetched earlier only waits.
+        "stage3_prefetch_bucket_size": min(max(bucket, sizes.layer), sizes.total),
+        # Whole weights that wait for the backward pass need not be gathered again, but take the activations' room.
+        "stage3_max_live_parameters": live,
+        # A weight waits if it is used again before as many others are: more of them could not live.
+        "stage3_max_reuse_distance": live,
+        # Vectors stay whole on every rank: a collective for some thousand numbers is all start-up. Matrices never do.
+        "stage3_param_persistence_threshold": sizes.vector,
+    }
+
+
+def deepspeed_config(
+    parallel: ParallelConfig, precision: str, device: torch.device, sizes: WeightSizes, *,
+    grad_clip: float = 0.0, micro_batch_size: int = 1, memory_bytes: int = 0, persist_below: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns DeepSpeed's configuration, derived from ours and from the model: users never write it.
+
+    Args:
+        parallel: ZeRO stage, offload, hpZ.
         precision: bf16 or fp32.
         device: where the model runs.
-        numel: weights on this rank before ZeRO; buckets need not be larger.
+        sizes: of the weights on this rank before ZeRO.
         grad_clip: largest global gradient norm; 0 = no clipping.
-        trained_numel: those of them that have gradients; None = all.
         micro_batch_size: samples of a forward pass; for its books.
-        persist_below: weights of fewer elements are not partitioned by ZeRO-3.
+        memory_bytes: of the device; 0 = unknown.
+        persist_below: weights of fewer elements are not partitioned by ZeRO-3; None = the vectors.
     """
-    overlap = device.type != "cpu" and parallel.zero_stage >= 2
-    bucket = min(BUCKET_ELEMENTS, max(numel, 1))
-    reduce_bucket = min(bucket, max(numel if trained_numel is None else trained_numel, 1))
+    limits = zero_limits(sizes, 2 if precision == "bf16" else 4, memory_bytes)
+    if persist_below is not None:
+        limits["stage3_param_persistence_threshold"] = max(persist_below - 1, 0)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
-        "overlap_comm": overlap,
-        "reduce_bucket_size": reduce_bucket,
-        "allgather_bucket_size": bucket,
+        "overlap_comm": device.type != "cpu" and parallel.zero_stage >= 2,
+        **{key: value for key, value in limits.items() if parallel.zero_stage == 3 or not key.startswith("stage3_")},
     }
-    if parallel.zero_stage == 3:
-        zero |= {"stage3_param_persistence_threshold": persist_below, "stage3_prefetch_bucket_size": bucket}
+    if parallel.hpz > 1:
+        zero["zero_hpz_partition_size"] = parallel.hpz
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
     if parallel.offload == "all":

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from contentv_kernels import modulated_layer_norm
+from contentv_kernels import modulated_layer_norm, rms_norm
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "b s heads dh"]) -> Float[Tensor, "b s heads dh"]:
-        return functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def timestep_code(timestep: Float[Tensor, "b"], dim: int = TIME_CHANNELS) -> Float[Tensor, "b dim"]:
@@ -138,9 +139,16 @@ class FeedForward(nn.Module):
         # The identity keeps the place of diffusers' dropout, so that the second linear is named `net.2`.
         self.net = nn.Sequential(GELUProjection(dim, factor * dim), nn.Identity(), nn.Linear(factor * dim, dim))
 
-    def forward(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s d"]:
+    def forward(self, x: Float[Tensor, "b s d"]) -> Float[Tensor, "b s_own d"]:
+        # As many tokens as came, unless the second layer is split and leaves each rank its own.
         out: Tensor = self.net(x)
         return out
+
+
+def begun(attend: Attend, x: Float[Tensor, "b s heads dh"]) -> Any:
+    """Returns what `attend` takes for `x`: `x` itself, or what the `begin` of an `attend` that has one makes of it."""
+    begin = getattr(attend, "begin", None)
+    return x if begin is None else begin(x)
 
 
 class JointAttention(nn.Module):
@@ -165,16 +173,16 @@ class JointAttention(nn.Module):
         self, video: Float[Tensor, "b n d"], text: Float[Tensor, "b l d"], attend: Attend, tokens: TokenCounts
     ) -> tuple[Tensor, Tensor | None]:
         heads = (-1, self.head_dim)
-        q_video = self.norm_q(self.to_q(video).unflatten(2, heads))
-        k_video = self.norm_k(self.to_k(video).unflatten(2, heads))
+        # Each as soon as it is there, values first: they have no norm to wait for.
         v_video = self.to_v(video).unflatten(2, heads)
-        q_text = self.norm_added_q(self.add_q_proj(text).unflatten(2, heads))
-        k_text = self.norm_added_k(self.add_k_proj(text).unflatten(2, heads))
         v_text = self.add_v_proj(text).unflatten(2, heads)
-
-        q = torch.cat([q_video, q_text], dim=1)
-        k = torch.cat([k_video, k_text], dim=1)
-        v = torch.cat([v_video, v_text], dim=1)
+        v = begun(attend, torch.cat([v_video, v_text], dim=1))
+        k_video = self.norm_k(self.to_k(video).unflatten(2, heads))
+        k_text = self.norm_added_k(self.add_k_proj(text).unflatten(2, heads))
+        k = begun(attend, torch.cat([k_video, k_text], dim=1))
+        q_video = self.norm_q(self.to_q(video).unflatten(2, heads))
+        q_text = self.norm_added_q(self.add_q_proj(text).unflatten(2, heads))
+        q = begun(attend, torch.cat([q_video, q_text], dim=1))
         out = attend(q, k, v, tokens).flatten(2)
 
         n = video.shape[1]

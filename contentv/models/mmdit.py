@@ -109,7 +109,8 @@ class MMDiT(nn.Module):
             the constructor also works under `torch.device("meta")`.
 
     Attributes:
-        attend: (q, k, v, tokens) -> out; q, k, v, out are (b, s, heads, dh), video first; scale 1/sqrt(dh).
+        attend: (q, k, v, tokens) -> out; q, k, v, out are (b, s, heads, dh), video first; scale 1/sqrt(dh). If it has
+            a method `begin`, that is given v, k and q as soon as each is there, and `attend` what it returns.
         split_tokens: (b, n, d) -> (b, n_local, d), called on the video tokens and on the text tokens.
         merge_tokens: (b, n_local, d), n -> (b, n, d), called on the output tokens.
         positions: (t, h, w, dim) -> (n, dim) in the order (t h w), on torch's default device.

@@ -10,7 +10,8 @@ from contentv.base.errors import UserError
 from contentv.base.rng import keyed_generators, keyed_normal, keyed_uniform
 from contentv.base.types import Batch, LossOutput, TextCond, VelocityModel
 from contentv.diffusion.flow import add_noise, flow_loss, timestep_of, velocity_target
-from contentv.diffusion.timesteps import TQD, SigmaSampler, draw
+from contentv.diffusion.noise_levels import quality_tallies
+from contentv.diffusion.timesteps import TQD, SigmaSampler, SigmaWeight, draw
 
 SIGMA_BINS = 4
 
@@ -27,13 +28,19 @@ class FlowMatching:
         null_text: the encoded empty caption, one row, with as many tokens as the captions of the batches.
         text_dropout: probability of training a clip with `null_text` for its caption, 0..1, so that the model can be
             guided. It hides all text encoders at once.
+        weight: factor of a clip's loss at its noise level, from `build_weight`; None = 1.
 
     Raises:
         UserError: text_dropout is outside 0..1.
     """
 
     def __init__(
-        self, sampler: SigmaSampler | TQD, seed: int, null_text: TextCond, text_dropout: float | int = 0.1
+        self,
+        sampler: SigmaSampler | TQD,
+        seed: int,
+        null_text: TextCond,
+        text_dropout: float | int = 0.1,
+        weight: SigmaWeight | None = None,
     ) -> None:
         if not 0 <= text_dropout <= 1:
             raise UserError(f"{text_dropout} is not a probability", where="text.dropout", remedy="use 0..1")
@@ -41,12 +48,15 @@ class FlowMatching:
         self.seed = seed
         self.null_text = null_text
         self.text_dropout = text_dropout
+        self.weight = weight
 
     def __call__(self, model: VelocityModel, batch: Batch, step: int) -> LossOutput:
         """Returns the sum over the batch's clips of their mean squared velocity errors (mean over c, t, h, w), fp32.
 
-        The metrics are sums over the clips: loss, sigma_mean, and for each quarter of the sigma range
-        loss_sigma_q1_sum .. q4 with the number of clips in it, loss_sigma_q1_count .. q4.
+        Each error is multiplied by the weight of its noise level and by the batch's own weight of the clip, if there
+        are any. The metrics are sums over the clips of the errors without weights: loss, sigma_mean, and for each
+        quarter of the sigma range loss_sigma_q1_sum .. q4 with the number of clips in it, loss_sigma_q1_count .. q4;
+        with weights also weighted_loss. The tallies are those of `quality_tallies`.
 
         Args:
             model: predicts the velocity; its input has the dtype of the batch's latents.
@@ -64,7 +74,14 @@ class FlowMatching:
         noisy_latents = add_noise(latents, noise, sigma).to(latents.dtype)
         velocity = model(noisy_latents, timestep_of(sigma), text.tokens, text.pooled)
         per_sample = flow_loss(velocity, velocity_target(latents, noise))
-        return LossOutput(per_sample.sum(), len(batch), sigma_metrics(per_sample.detach(), sigma))
+        errors = per_sample.detach()
+        metrics = sigma_metrics(errors, sigma)
+        for weight in (None if self.weight is None else self.weight(sigma), batch.loss_weight):
+            if weight is not None:
+                per_sample = per_sample * weight.to(per_sample)
+                metrics["weighted_loss"] = per_sample.detach().sum()
+        tallies = quality_tallies(errors, sigma, batch.motion, batch.visual)
+        return LossOutput(per_sample.sum(), len(batch), metrics, tallies)
 
     def _drop_captions(self, batch: Batch, step: int) -> TextCond:
         if self.text_dropout == 0:

@@ -171,11 +171,13 @@ class RewardObjective:
             reward_loss = torch.relu(config.hinge_margin - reward)
         loss_sum = (config.reward_weight * reward_loss + config.kl_weight * kl).sum()
         metrics = {"reward": reward.detach().sum(), "kl": kl.detach().sum()}
+        tallies: dict[str, Tensor] = {}
         if self.flow is not None:
             flow = self.flow(model, batch, step)
             loss_sum = loss_sum + config.flow_weight * flow.loss_sum
             metrics |= {f"flow_{name}": value for name, value in flow.metrics.items()}
-        return LossOutput(loss_sum, len(batch), metrics)
+            tallies = flow.tallies
+        return LossOutput(loss_sum, len(batch), metrics, tallies)
 
     def grad_step_indices(self, step: int) -> frozenset[int]:
         """Returns which solver steps (0 = the first, at pure noise) keep gradients in optimiser step `step`.

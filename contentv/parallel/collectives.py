@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from contentv.base import device as devices
+from contentv.base.network import choose_interface
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -34,6 +35,7 @@ def start(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[i
         backend, timeout = devices.backend(device), datetime.timedelta(seconds=timeout_s)
         device_id = device if device.type == "cuda" else None
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            choose_interface(backend)
             dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # libraries below ask for it
@@ -68,6 +70,14 @@ def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     call(out, x.contiguous().view(-1), group=group)
     return out.view(size, *x.shape)
+
+
+def scatter_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Returns row p of the sum of all ranks' `x` (P, ...) on rank p."""
+    out = x.new_empty(x.shape[1:])
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # as in `gather`
+    call(out.view(-1), x.contiguous().view(-1), group=group)
+    return out
 
 
 @torch.no_grad()

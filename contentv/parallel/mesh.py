@@ -20,6 +20,7 @@ from contentv.base.types import ReaderRank
 ZERO_STAGES = (1, 2, 3)
 OFFLOADS = ("none", "optimizer", "all")
 RECOMPUTES = ("none", "selective", "full")
+EXCHANGES = ("auto", "joined", "overlapped")
 
 
 @dataclass
@@ -45,12 +46,37 @@ class ParallelConfig:
         metadata={"help": "places of the ring that keys and values travel, a divisor of sp; sp / ring ranks at each "
                           "place exchange heads (Ulysses). 1 = no ring"},
     )  # fmt: skip
+    exchange: str = field(
+        default="auto",
+        metadata={"help": "Ulysses' q, k and v: joined in one all-to-all | overlapped, each in its own, under way "
+                          "while the next is projected | auto = overlapped on accelerators"},
+    )  # fmt: skip
+    sequence_norms: bool = field(
+        default=False,
+        metadata={"help": "tensor ranks also share the tokens between the layers: norms, modulations, residual stream; "
+                          "needs tp > 1"},
+    )  # fmt: skip
+    offload_activations: bool = field(
+        default=False,
+        metadata={"help": "what recomputed layers keep waits in pinned host memory for the backward pass; needs "
+                          "recompute=selective or full"},
+    )  # fmt: skip
+    hpz: int = field(
+        default=1,
+        metadata={"help": "neighbouring ranks, as of one node, that keep a second copy of the weights among them after "
+                          "the forward pass (ZeRO++'s hpZ): a divisor of dp x sp; needs zero_stage=3. 1 = none"},
+    )  # fmt: skip
+    compile: bool = field(
+        default=False, metadata={"help": "compile each layer with torch.compile; the attention runs between its parts"}
+    )
 
     def __post_init__(self) -> None:
-        for key in ("sp", "tp", "ring"):
+        for key in ("sp", "tp", "ring", "hpz"):
             if getattr(self, key) < 1:
                 raise UserError(f"parallel.{key}={getattr(self, key)}", where=f"parallel.{key}", remedy="use 1 or more")
-        for key, allowed in (("zero_stage", ZERO_STAGES), ("offload", OFFLOADS), ("recompute", RECOMPUTES)):
+        for key, allowed in (
+            ("zero_stage", ZERO_STAGES), ("offload", OFFLOADS), ("recompute", RECOMPUTES), ("exchange", EXCHANGES),
+        ):  # fmt: skip
             value = getattr(self, key)
             if value not in allowed:
                 names = ", ".join(str(a) for a in allowed)
@@ -63,6 +89,24 @@ class ParallelConfig:
                 where="parallel.offload, parallel.zero_stage",
                 remedy="use parallel.zero_stage=3, or parallel.offload=optimizer",
             )
+        if self.offload_activations and self.recompute == "none":
+            raise UserError(
+                "parallel.offload_activations=true with parallel.recompute=none would move twenty times the bytes",
+                where="parallel.offload_activations, parallel.recompute",
+                remedy="use parallel.recompute=selective or full, or parallel.offload_activations=false",
+            )
+        if self.hpz > 1 and self.zero_stage != 3:
+            raise UserError(
+                f"parallel.hpz={self.hpz} copies divided weights, and parallel.zero_stage={self.zero_stage} has none",
+                where="parallel.hpz, parallel.zero_stage",
+                remedy="use parallel.zero_stage=3, or parallel.hpz=1",
+            )
+        if self.sequence_norms and self.tp == 1:
+            raise UserError(
+                "parallel.sequence_norms=true divides tokens among tensor ranks, and parallel.tp=1 has none",
+                where="parallel.sequence_norms, parallel.tp",
+                remedy="use parallel.tp=2 or more, or parallel.sequence_norms=false",
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +116,8 @@ class Mesh:
     `sp_group`, `tp_group` and `dp_group` vary one of the three coordinates; `zero_group` holds all dp x sp ranks of
     one tp rank: those over which the optimiser's states, the gradients and the weights are partitioned. Of the sp ranks
     of a sample, `ulysses_group` holds those at one place of the ring and `ring_group` one at each place; the first is
-    None where every place is a single rank, the second where there is no ring.
+    None where every place is a single rank, the second where there is no ring. `exchange` and `sequence_norms` are the
+    keys of these names.
     """
 
     dp: int = 1
@@ -86,11 +131,18 @@ class Mesh:
     ring: int = 1
     ulysses_group: dist.ProcessGroup | None = None
     ring_group: dist.ProcessGroup | None = None
+    exchange: str = "auto"
+    sequence_norms: bool = False
 
     @property
     def ulysses(self) -> int:
         """Ranks at one place of the ring: sp / ring."""
         return self.sp // self.ring
+
+    @property
+    def token_unit(self) -> int:
+        """Parts that a sequence rank's tokens are divided into once more: the tensor ranks, with sequence norms."""
+        return self.tp if self.sequence_norms else 1
 
     @property
     def world(self) -> int:
@@ -134,7 +186,8 @@ class Mesh:
     def describe(self) -> str:
         """Returns the layout in words, such as `8 ranks = dp 2 x sp 4 (ring 2 x ulysses 2) x tp 1`."""
         inner = f" (ring {self.ring} x ulysses {self.ulysses})" if self.ring > 1 else ""
-        return f"{self.world} ranks = dp {self.dp} x sp {self.sp}{inner} x tp {self.tp}"
+        norms = " (sequence norms)" if self.sequence_norms else ""
+        return f"{self.world} ranks = dp {self.dp} x sp {self.sp}{inner} x tp {self.tp}{norms}"
 
 
 def single_process_mesh() -> Mesh:
@@ -228,6 +281,8 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, *, heads: int
         ring=ring,
         ulysses_group=sp_group if ring == 1 else _own_group(places, rank) if ulysses > 1 else None,
         ring_group=_own_group(rings, rank) if ring > 1 else None,
+        exchange=config.exchange,
+        sequence_norms=config.sequence_norms,
     )  # fmt: skip
 
 

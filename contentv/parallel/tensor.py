@@ -2,8 +2,9 @@
 
 A column layer has some of the output features (whole heads, for the attention), a row layer some of the input
 features; between the two nothing is exchanged. Two all-reduces per pair: one of the row layer's output, one of the
-column layer's input gradient. A row layer's bias is added once, after the sum. All else is replicated; a replicated
-weight that sees only this rank's features (the per-head norms) has its gradient summed over the ranks.
+input's gradient, where column layers that read the same input share it. A row layer's bias is added once, after the
+sum. All else is replicated; a replicated weight that sees only this rank's features (the per-head norms) has its
+gradient summed over the ranks. With sequence norms, tensor ranks share the tokens as well: `sequence_norms`.
 
 The parts need not be equal: a layer inside a module with a `head_dim` is dealt out by whole heads, the first ranks
 having one more where they do not divide (38 heads over 4 ranks: 10, 10, 9, 9). No weight is padded, so checkpoints and
@@ -17,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -29,15 +30,27 @@ from torch.nn import functional
 from contentv.base.errors import UserError
 from contentv.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
 from contentv.parallel.mesh import Mesh
+from contentv.parallel.sequence_norms import gather_parts, scatter_parts
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Names of modules as shell patterns: column layers, row layers, and modules with partial gradients."""
+    """Names of modules as shell patterns.
+
+    Attributes:
+        column, row: linear layers, split by outputs and by inputs.
+        inputs: modules whose arguments are the tokens that column layers read, and nothing else does.
+        partial: replicated modules that see only some of the heads.
+        tokenwise: replicated modules that see tokens, with sequence norms only this rank's; row layers' biases do, too.
+        modulations: replicated linear layers that yield one vector a clip, for all tokens.
+    """
 
     column: tuple[str, ...]
     row: tuple[str, ...]
+    inputs: tuple[str, ...]
     partial: tuple[str, ...] = ()
+    tokenwise: tuple[str, ...] = ()
+    modulations: tuple[str, ...] = ()
 
     def dim_of(self, name: str) -> int | None:
         """Returns the dimension in which the parameter `name` is split, or None where it is replicated."""
@@ -108,27 +121,26 @@ def mark(parameter: nn.Parameter) -> nn.Parameter:
 class ColumnLinear(nn.Module):
     """A linear layer with this rank's part of the output features of `whole`."""
 
-    def __init__(self, whole: nn.Linear, split: Split, group: dist.ProcessGroup) -> None:
+    def __init__(self, whole: nn.Linear, split: Split) -> None:
         super().__init__()
-        self.group = group
         self.weight = _part(whole.weight, split)
         self.bias = None if whole.bias is None else _part(whole.bias, split)
 
     def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
-        return functional.linear(enter_tensor_parallel(x, self.group), self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
-    """A linear layer with this rank's part of the input features of `whole`; its output is the sum over the ranks."""
+    """A linear layer with this rank's part of the input features of `whole`; `leave` sums over the ranks."""
 
-    def __init__(self, whole: nn.Linear, split: Split, group: dist.ProcessGroup) -> None:
+    def __init__(self, whole: nn.Linear, split: Split, leave: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.group = group
+        self.leave = leave
         self.weight = _part(whole.weight, split)
         self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().clone())
 
-    def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
-        out = leave_tensor_parallel(functional.linear(x, self.weight), self.group)
+    def forward(self, x: Float[Tensor, "b s i"]) -> Float[Tensor, "b s_left o"]:
+        out = self.leave(functional.linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
 
@@ -140,7 +152,7 @@ def _part(whole: Tensor, split: Split) -> nn.Parameter:
 def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, Split]:
     """Replaces the plan's layers by their parts, in place, and returns the split of each split parameter.
 
-    Names of parameters do not change.
+    Names of parameters do not change. What the ranks exchange is put around the layers.
 
     Args:
         model: the whole model, with the same weights on every rank.
@@ -153,9 +165,16 @@ def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, Spli
     if mesh.tp == 1:
         return {}
     assert mesh.tp_group is not None
+    enter, leave = (
+        (gather_parts, scatter_parts) if mesh.sequence_norms else (enter_tensor_parallel, leave_tensor_parallel)
+    )
     layers: Mapping[str, nn.Module] = dict(model.named_modules())
     splits: dict[str, Split] = {}
     for name, module in layers.items():
+        if matches(name, plan.inputs):
+            module.forward = _entered(module.forward, partial(enter, group=mesh.tp_group))
+        if mesh.sequence_norms and matches(name, plan.modulations):
+            module.forward = _summed_back(module.forward, mesh.tp_group)
         kind = ColumnLinear if matches(name, plan.column) else RowLinear if matches(name, plan.row) else None
         if kind is None:
             continue
@@ -164,11 +183,32 @@ def apply_plan(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> dict[str, Spli
         n, dim = (module.out_features, 0) if kind is ColumnLinear else (module.in_features, 1)
         split = Split(dim, part_sizes(n, mesh.tp, _unit_of(name, layers)), mesh.tp_rank)
         parent, _, leaf = name.rpartition(".")
-        part = kind(module, split, mesh.tp_group)
+        left = partial(leave, group=mesh.tp_group)
+        part = ColumnLinear(module, split) if kind is ColumnLinear else RowLinear(module, split, left)
         setattr(layers[parent], leaf, part)
         splits.update({f"{name}.{p}": split for p, _ in part.named_parameters() if plan.dim_of(f"{name}.{p}") == dim})
     sum_partial_gradients(model, plan, mesh)
     return splits
+
+
+def _entered(forward: Callable[..., Any], enter: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Returns `forward` whose tensors enter the part of the model that ranks split."""
+
+    @wraps(forward)
+    def run(*args: Any) -> Any:
+        return forward(*(enter(x) if isinstance(x, Tensor) else x for x in args))
+
+    return run
+
+
+def _summed_back(forward: Callable[..., Tensor], group: dist.ProcessGroup) -> Callable[..., Tensor]:
+    """Returns `forward` whose output's gradient is summed: each rank has that of its tokens."""
+
+    @wraps(forward)
+    def run(x: Tensor) -> Tensor:
+        return enter_tensor_parallel(forward(x), group)
+
+    return run
 
 
 def _unit_of(name: str, layers: Mapping[str, nn.Module]) -> int:
@@ -182,7 +222,7 @@ def _unit_of(name: str, layers: Mapping[str, nn.Module]) -> int:
 
 
 def sum_partial_gradients(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> None:
-    """Has the gradients of the plan's partial modules summed over the tensor ranks, from now on.
+    """Has the gradients of replicated weights that see a part of the features or tokens summed over the tensor ranks.
 
     `apply_plan` does it. Whoever replaces the model's parameters afterwards has to do it again: hooks stay behind with
     the old ones.
@@ -190,10 +230,11 @@ def sum_partial_gradients(model: nn.Module, plan: TensorPlan, mesh: Mesh) -> Non
     if mesh.tp == 1:
         return
     assert mesh.tp_group is not None
+    patterns = plan.partial + (plan.tokenwise + plan.row if mesh.sequence_norms else ())
     for name, module in model.named_modules():
-        if matches(name, plan.partial):
-            for parameter in module.parameters(recurse=False):
-                if parameter.requires_grad:
+        if matches(name, patterns):
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad and plan.dim_of(f"{name}.{own}") is None:
                     on_gradient: Callable[..., Any] = parameter.register_hook
                     on_gradient(partial(_summed, group=mesh.tp_group))
 

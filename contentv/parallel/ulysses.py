@@ -27,12 +27,12 @@ from contentv.parallel.ring import ring_attention
 Attend = Callable[[Tensor, Tensor, Tensor, TokenCounts], Tensor]
 
 
-def padded_part(n: int, parts: int) -> int:
-    """Returns the tokens (or heads) of one part when n are padded to divide by `parts`."""
-    return -(-n // parts)
+def padded_part(n: int, parts: int, unit: int = 1) -> int:
+    """Returns the tokens (or heads) of one part when n are padded to divide into `parts` of whole units."""
+    return -(-n // (parts * unit)) * unit
 
 
-def block_counts(tokens: TokenCounts, parts: int, ring: int) -> list[TokenCounts]:
+def block_counts(tokens: TokenCounts, parts: int, ring: int, unit: int = 1) -> list[TokenCounts]:
     """Returns the video and text tokens, without padding, of every place in the ring.
 
     Each stream is padded to divide by `parts` ranks; what is padding lies on the last of them.
@@ -41,17 +41,18 @@ def block_counts(tokens: TokenCounts, parts: int, ring: int) -> list[TokenCounts
         tokens: the whole sequence's counts.
         parts: all ranks that share the sample.
         ring: blocks, each of parts / ring ranks; divides `parts`.
+        unit: what a rank's tokens are a multiple of.
     """
 
     def of_block(n: int, index: int) -> int:
-        size = padded_part(n, parts) * (parts // ring)
+        size = padded_part(n, parts, unit) * (parts // ring)
         return min(max(n - index * size, 0), size)
 
     return [TokenCounts(of_block(tokens.video, i), of_block(tokens.text, i)) for i in range(ring)]
 
 
 class Ulysses:
-    """The three seams of the model for the ranks that share a sample.
+    """The three seams of the model for the ranks that share a sample; the attention is the object itself.
 
     Args:
         group: those ranks, in the order of their tokens.
@@ -59,6 +60,7 @@ class Ulysses:
         head_group: the neighbours that exchange heads for tokens; all of `group` by default, and None in a ring whose
             places are single ranks.
         ring_group: one rank of each such neighbourhood, or None where there is only one.
+        unit: what the tokens of every rank are padded to a multiple of, in each stream.
     """
 
     def __init__(
@@ -67,18 +69,23 @@ class Ulysses:
         attend: Attend,
         head_group: dist.ProcessGroup | None = None,
         ring_group: dist.ProcessGroup | None = None,
+        unit: int = 1,
     ) -> None:
         self.group, self.ring_group = group, ring_group
         self.head_group = group if ring_group is None else head_group
-        self.parts, self.part = dist.get_world_size(group), dist.get_rank(group)
+        self.parts, self.part, self.unit = dist.get_world_size(group), dist.get_rank(group), unit
         self.ring = 1 if ring_group is None else dist.get_world_size(ring_group)
         self.ulysses = self.parts // self.ring
         self.attend_whole = attend
 
+    @property
+    def attend(self) -> Attend:
+        """The attention of the model: this object."""
+        return self
+
     def split_tokens(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n_local d"]:
         """Returns this rank's tokens of `x`, which every rank has; the last ranks' are padded with zeros."""
-        n = x.shape[1]
-        local = padded_part(n, self.parts)
+        local = padded_part(x.shape[1], self.parts, self.unit)
         own = x[:, self.part * local : (self.part + 1) * local]
         return functional.pad(own, (0, 0, 0, local - own.shape[1]))
 
@@ -86,7 +93,7 @@ class Ulysses:
         """Returns all n tokens on every rank; see `gather_tokens` for what that means for gradients."""
         return gather_tokens(x, n, self.group)
 
-    def attend(
+    def __call__(
         self,
         q: Float[Tensor, "b s_local heads dh"],
         k: Float[Tensor, "b s_local heads dh"],
@@ -99,37 +106,51 @@ class Ulysses:
             q, k, v: this rank's video tokens, then its text tokens.
             tokens: the whole sequence's counts, without padding.
         """
-        heads, local = q.shape[2], TokenCounts(*(padded_part(n, self.parts) for n in tokens))
-        blocks = block_counts(tokens, self.parts, self.ring)
-        block = blocks[self.part // self.ulysses]
-        q, k, v = self._to_heads(torch.stack([q, k, v]), local, block).unbind(0)
+        received = self._exchanged(self.by_heads(torch.stack([q, k, v])))
+        own_q, own_k, own_v = self.of_block(received, tokens).unbind(0)
+        return self.attend_block(own_q, own_k, own_v, tokens)[:, :, : q.shape[2]]
+
+    def by_heads(self, x: Float[Tensor, "n b s_local heads dh"]) -> Float[Tensor, "U n b s_local heads_local dh"]:
+        """Returns what each rank of the head group is to have: some heads of this rank's tokens."""
+        heads = padded_part(x.shape[3], self.ulysses)
+        x = functional.pad(x, (0, 0, 0, heads * self.ulysses - x.shape[3]))
+        return torch.unflatten(x, 3, (self.ulysses, heads)).movedim(3, 0)
+
+    def of_block(
+        self, received: Float[Tensor, "U n b s_local heads_local dh"], tokens: TokenCounts
+    ) -> Float[Tensor, "n b s heads_local dh"]:
+        """Returns the block's tokens, without padding, from those of its ranks."""
+        local, block = self._counts(tokens)
+        parts = (received[:, :, :, : local.video], received[:, :, :, local.video :])
+        joined = [part.movedim(0, 2).flatten(2, 3) for part in parts]  # n b (U n_local) heads_local dh
+        return torch.cat([joined[0][:, :, : block.video], joined[1][:, :, : block.text]], dim=2)
+
+    def attend_block(
+        self,
+        q: Float[Tensor, "b s heads_local dh"],
+        k: Float[Tensor, "b s heads_local dh"],
+        v: Float[Tensor, "b s heads_local dh"],
+        tokens: TokenCounts,
+    ) -> Float[Tensor, "b s_local heads dh"]:
+        """Returns the attention at this rank's tokens, padded heads included, from the block's for its heads."""
         if self.ring_group is None:
             out = self.attend_whole(q, k, v, tokens)
         else:
-            out = ring_attention(q, k, v, [sum(counts) for counts in blocks], self.ring_group)
-        return self._to_tokens(out, local, block, heads)
-
-    def _to_heads(
-        self, qkv: Float[Tensor, "three b s_local heads dh"], local: TokenCounts, block: TokenCounts
-    ) -> Float[Tensor, "three b s heads_local dh"]:
-        """Returns q, k and v of the block's tokens, without padding, for this rank's heads."""
-        heads = padded_part(qkv.shape[3], self.ulysses)
-        qkv = functional.pad(qkv, (0, 0, 0, heads * self.ulysses - qkv.shape[3]))
-        send = torch.unflatten(qkv, 3, (self.ulysses, heads)).movedim(3, 0)  # U three b s_local heads_local dh
-        received = send if self.head_group is None else all_to_all(send, self.head_group)  # row p: rank p's tokens
-        parts = (received[:, :, :, : local.video], received[:, :, :, local.video :])
-        joined = [part.movedim(0, 2).flatten(2, 3) for part in parts]  # three b (U n_local) heads_local dh
-        return torch.cat([joined[0][:, :, : block.video], joined[1][:, :, : block.text]], dim=2)
-
-    def _to_tokens(
-        self, out: Float[Tensor, "b s heads_local dh"], local: TokenCounts, block: TokenCounts, heads: int
-    ) -> Float[Tensor, "b s_local heads dh"]:
-        """Returns all heads of this rank's tokens; `heads` without padding."""
+            lengths = [sum(counts) for counts in block_counts(tokens, self.parts, self.ring, self.unit)]
+            out = ring_attention(q, k, v, lengths, self.ring_group)
+        local, block = self._counts(tokens)
         streams = []
         for stream, n, size in zip((out[:, : block.video], out[:, block.video :]), block, local, strict=True):
             stream = functional.pad(stream, (0, 0, 0, 0, 0, size * self.ulysses - n))
             # U b n_local heads_local dh
             streams.append(torch.unflatten(stream, 1, (self.ulysses, size)).movedim(1, 0))
-        send = torch.cat(streams, dim=2)
-        received = send if self.head_group is None else all_to_all(send, self.head_group)  # row p: rank p's heads
-        return received.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :heads]
+        received = self._exchanged(torch.cat(streams, dim=2))  # row p: rank p's heads
+        return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def _exchanged(self, send: Tensor) -> Tensor:
+        return send if self.head_group is None else all_to_all(send, self.head_group)
+
+    def _counts(self, tokens: TokenCounts) -> tuple[TokenCounts, TokenCounts]:
+        """Returns the tokens of a rank, with padding, and of this rank's block, without."""
+        local = TokenCounts(*(padded_part(n, self.parts, self.unit) for n in tokens))
+        return local, block_counts(tokens, self.parts, self.ring, self.unit)[self.part // self.ulysses]

@@ -13,6 +13,7 @@ from contentv.report.charts import Series, line_chart
 from contentv.report.markup import Html, duration, join, number, short, size, tag
 from contentv.report.media import MAX_PAGE_BYTES, inline_video
 from contentv.report.metrics import StageMetrics, read_config, read_metrics
+from contentv.report.run_noise import noise_section
 
 # key, title, unit; drawn when a run logged the key at all
 OPTIONAL_PANELS = (
@@ -20,7 +21,10 @@ OPTIONAL_PANELS = (
     ("kl", "Distance from the reference", "mean squared velocity difference"),
     ("flow_loss", "Flow-matching loss beside the reward", "loss"),
     ("eval_loss", "Held-out loss", "loss"),
+    ("weighted_loss", "Loss with its weights", "loss"),
     ("sigma_mean", "Mean noise level of a step", "sigma"),
+    ("keep_rate", "Clips that count by their scores", "share"),
+    ("unscored", "Clips without scores", "share"),
     ("mfu", "Model FLOP utilisation", "share of peak"),
 )
 LOSS_PARTS = ("loss_", "flow_loss_")
@@ -45,6 +49,7 @@ def write_run_report(run_dir: Path) -> Path:
     sections = [
         _headline(stages),
         page.section("Curves", curves(stages)),
+        noise_section(run_dir) or Html(""),
         _samples(run_dir / "samples"),
         page.section("Configuration", page.facts(config) if config else _empty("there is no config.yaml in this run")),
     ]

@@ -23,7 +23,7 @@ from torch import Tensor
 from contentv.base import device as devices
 from contentv.base.errors import StoppedBySignalError, UserError
 from contentv.base.log import get_logger
-from contentv.base.types import BatchSource, Bucket, Objective
+from contentv.base.types import BatchSource, Bucket, LossOutput, Objective
 from contentv.train.stop import StopSignal
 
 
@@ -117,6 +117,21 @@ class StepTimes:
     tokens: int = 0
 
 
+@dataclass
+class Sums:
+    """What the micro-batches of a step add up to; the tallies go on adding up until they are logged."""
+
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, output: LossOutput) -> None:
+        """Counts one micro-batch."""
+        metrics = {"loss": output.loss_sum.detach(), **output.metrics}
+        for sums, values in ((self.metrics, metrics), (self.tallies, output.tallies)):
+            for name, value in values.items():
+                sums[name] = sums[name] + value if name in sums else value
+
+
 def run(
     engine: Engine,
     source: BatchSource,
@@ -144,8 +159,7 @@ def run(
     """
     batches = iter(source)
     times, flops, skipped, saved_at = StepTimes(), 0, 0, progress.step
-    totals: dict[str, Tensor] = {}
-    clips, stats = 0, None
+    sums, clips, stats = Sums(), 0, None
     with StopSignal() as stop:
         while progress.step < config.max_steps:
             stopping = engine.any_rank(stop.received != 0)
@@ -161,16 +175,15 @@ def run(
             if micro_batches is None:  # on all ranks at once: the order is the same everywhere
                 data_used_up(progress.step, config.max_steps, stage)
                 if times.steps:  # not logged yet
-                    row = summarize(engine, totals, clips, source.quarantined)
+                    row = summarize(engine, sums, clips, source.quarantined)
                     recorder.row({"stage": stage, **measure(engine, progress, stats, times, flops, peak_flops), **row})
                 break
             clips = micro_batches[0].global_samples
-            totals = {}
+            sums.metrics = {}
             for batch in micro_batches:
                 output = objective(engine.module, batch.to(engine.device), progress.step)
                 engine.backward(output.loss_sum, clips)
-                for name, value in {"loss": output.loss_sum.detach(), **output.metrics}.items():
-                    totals[name] = totals[name] + value if name in totals else value
+                sums.add(output)
             stats = engine.step()
             progress.step += 1
             progress.samples_seen += clips
@@ -188,9 +201,9 @@ def run(
                     remedy="look at these steps' samples in ledger.jsonl, lower optim.lr, or use train.precision=fp32",
                 )
             if progress.step % config.log_every == 0 or progress.step == config.max_steps:
-                row = summarize(engine, totals, clips, source.quarantined)
+                row = summarize(engine, sums, clips, source.quarantined)
                 recorder.row({"stage": stage, **measure(engine, progress, stats, times, flops, peak_flops), **row})
-                times, flops = StepTimes(), 0
+                times, flops, sums = StepTimes(), 0, Sums()
             else:
                 recorder.advance(progress.step)
     if progress.step != saved_at or progress.step == config.max_steps:
@@ -215,17 +228,19 @@ def data_used_up(step: int, max_steps: int, stage: str) -> None:
     )  # fmt: skip
 
 
-def summarize(engine: Engine, totals: dict[str, Tensor], global_samples: int, quarantined: int = 0) -> dict[str, float]:
-    """Returns the means over the global batch of the metrics' sums (one reduction for all of them).
+def summarize(engine: Engine, sums: Sums, global_samples: int, quarantined: int = 0) -> dict[str, Any]:
+    """Returns the means over the global batch of the metrics, and the tallies (one reduction for all of them).
 
-    `x_sum` beside `x_count` becomes the mean `x`; everything else is divided by the clips of the step, but for
-    `quarantined`, the damaged samples that all data ranks have met since they started.
+    A metric `x_sum` beside `x_count` becomes the mean `x`; others are divided by the clips of the step. Tallies are
+    nested lists. `quarantined` is the number of damaged samples that all data ranks have met since they started.
     """
-    names = sorted(totals)
-    parts = [*(totals[n].float() for n in names), torch.tensor(float(quarantined), device=engine.device)]
-    *summed, bad = engine.sum_over_data_ranks(torch.stack(parts)).tolist()
-    values = dict(zip(names, summed, strict=True))
-    row: dict[str, float] = {"quarantined": bad}
+    names, tallied = sorted(sums.metrics), sorted(sums.tallies)
+    tensors = [sums.metrics[name] for name in names] + [sums.tallies[name] for name in tallied]
+    bad = torch.tensor([float(quarantined)], device=engine.device)
+    parts = [*(tensor.float().flatten() for tensor in tensors), bad]
+    summed = engine.sum_over_data_ranks(torch.cat(parts)).split([part.numel() for part in parts])
+    values = {name: float(value) for name, value in zip(names, summed, strict=False)}
+    row: dict[str, Any] = {"quarantined": float(summed[-1])}
     for name, value in values.items():
         if name.endswith("_count"):
             continue
@@ -234,6 +249,8 @@ def summarize(engine: Engine, totals: dict[str, Tensor], global_samples: int, qu
             row[name.removesuffix("_sum")] = value / global_samples
         elif count > 0:
             row[name.removesuffix("_sum")] = value / count
+    for name, tally in zip(tallied, summed[len(names) :], strict=False):
+        row[name] = tally.view(sums.tallies[name].shape).tolist()
     return row
 
 

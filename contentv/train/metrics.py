@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from contentv.base.errors import UserError
 from contentv.base.log import console, is_main_process
+from contentv.train.noise_watch import NoiseWatch
 
 
 @runtime_checkable
@@ -101,7 +102,13 @@ class Recorder:
     """Sends rows to every sink and the ledger, and moves the progress bar; silent on ranks other than 0."""
 
     def __init__(
-        self, sinks: Sequence[MetricSink], ledger: JsonlSink | None, stage: str, max_steps: int, step: int
+        self,
+        sinks: Sequence[MetricSink],
+        ledger: JsonlSink | None,
+        stage: str,
+        max_steps: int,
+        step: int,
+        watch: NoiseWatch | None = None,
     ) -> None:
         self._sinks = list(sinks) if is_main_process() else []
         self._ledger = ledger if is_main_process() else None
@@ -114,6 +121,7 @@ class Recorder:
         self._task = self._bar.add_task(stage, total=max_steps, completed=step, info="")
         self._bar.start()
         self._stage = stage
+        self._watch = watch
 
     def ids(self, step: int, keys: Sequence[str]) -> None:
         """Writes the sample keys of a global batch, in order, to the ledger."""
@@ -122,6 +130,7 @@ class Recorder:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Sends one logged step everywhere."""
+        row = row if self._watch is None or not self._sinks else self._watch.complete(row)
         for sink in self._sinks:
             sink.log(row)
         self.advance(int(row["step"]), _brief(row))

@@ -2,6 +2,9 @@
 
 A stage is done when its run folder holds a `stage.json` made from the same configuration and the same inputs. Running
 the pipeline again therefore goes on where it stopped, and a changed setting is noticed instead of silently ignored.
+
+Started once per process by torchrun, Slurm or Kubernetes, every process runs its own part of each stage; rank 0 keeps
+the record.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 from contentv.base.errors import EXIT_STOPPED, EXIT_USER_ERROR, StoppedBySignalError, UserError
 from contentv.base.log import console, get_logger
+from contentv.base.stop import StopSignal
 from contentv.train.manifest import MANIFEST, StageManifest
 
 STATUS = "status.json"
@@ -64,26 +68,51 @@ def run_pipeline(
     out.mkdir(parents=True, exist_ok=True)
     record = _read_record(out / "pipeline.json")
     results = []
-    for position, stage in enumerate(stages, 1):
-        if _is_done(stage):
-            seconds = float(record.get(stage.name, {}).get("seconds", 0.0))
-            get_logger().info("stage %d/%d %s: done before", position, len(stages), stage.name)
-            results.append(StageResult(stage.name, False, seconds))
-            continue
-        console.rule(f"stage {position}/{len(stages)}: {stage.name}")
-        before = float(record.get(stage.name, {}).get("seconds", 0.0))
-        started = time.perf_counter()
-        code = launch([*launcher, "-m", "contentv", "train", *stage.overrides], env)
-        seconds = before + time.perf_counter() - started
-        record[stage.name] = {"seconds": seconds, "overrides": list(stage.overrides), "exit_code": code}
-        if code == 0:
-            produced = StageManifest.read(stage.out)
-            record[stage.name] |= {"consumed": produced.consumed, "produced": produced.weights, "steps": produced.steps}
-        _write_record(out / "pipeline.json", record)
-        if code != 0:
-            raise _failure(stage, code)
-        results.append(StageResult(stage.name, True, seconds))
+    with StopSignal() as stop:
+        for position, stage in enumerate(stages, 1):
+            if _is_done(stage):
+                seconds = float(record.get(stage.name, {}).get("seconds", 0.0))
+                get_logger().info("stage %d/%d %s: done before", position, len(stages), stage.name)
+                results.append(StageResult(stage.name, False, seconds))
+                continue
+            if stop.received:
+                raise StoppedBySignalError(f"stopped before stage {stage.name}; run the same command again to go on")
+            console.rule(f"stage {position}/{len(stages)}: {stage.name}")
+            results.append(_run_stage(stage, launcher, {**env, **_meeting_place(position)}, record, out))
     return results
+
+
+def _run_stage(
+    stage: StageRun, launcher: Sequence[str], env: Mapping[str, str], record: dict[str, dict[str, Any]], out: Path
+) -> StageResult:
+    writer = os.environ.get("RANK", "0") == "0"
+    if writer:  # how an earlier attempt ended must not be taken for how this one does
+        (stage.out / STATUS).unlink(missing_ok=True)
+    before = float(record.get(stage.name, {}).get("seconds", 0.0))
+    started = time.perf_counter()
+    code = launch([*launcher, "-m", "contentv", "train", *stage.overrides], env)
+    seconds = before + time.perf_counter() - started
+    record[stage.name] = {"seconds": seconds, "overrides": list(stage.overrides), "exit_code": code}
+    if code == 0:
+        produced = StageManifest.read(stage.out)
+        record[stage.name] |= {"consumed": produced.consumed, "produced": produced.weights, "steps": produced.steps}
+    if writer:
+        _write_record(out / "pipeline.json", record)
+    if code != 0:
+        raise _failure(stage, code)
+    return StageResult(stage.name, True, seconds)
+
+
+def _meeting_place(position: int) -> dict[str, str]:
+    """Returns where the processes of a job meet for one stage: a store of its own, on a port of its own.
+
+    The store they were started with still holds the keys of the stage before, and a slow process of that stage may
+    still be leaving it.
+    """
+    port = os.environ.get("MASTER_PORT") if "RANK" in os.environ else None
+    if port is None:
+        return {}
+    return {"MASTER_PORT": str(int(port) + position), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def _is_done(stage: StageRun) -> bool:
@@ -99,28 +128,29 @@ def _is_done(stage: StageRun) -> bool:
 
 
 def launch(command: Sequence[str], env: Mapping[str, str]) -> int:
-    """Runs a command with additions to the environment, passes SIGTERM and SIGINT on, and returns its exit code."""
+    """Runs a command with additions to the environment, passes signals on, and returns its exit code."""
     get_logger().info("%s", " ".join(command))
-    process = subprocess.Popen(command, env={**os.environ, **env})
+    with StopSignal() as stop:
+        process = subprocess.Popen(command, env={**os.environ, **env})
 
-    def forward(number: int, frame: object) -> None:
-        process.send_signal(number)
+        def forward(number: int) -> None:
+            if number != signal.SIGINT or not sys.stdin.isatty():  # a terminal has sent Ctrl-C to both already
+                process.send_signal(number)
 
-    before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
+        stop.forward = forward
+        if stop.received:  # while the process started
+            forward(stop.received)
         return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _failure(stage: StageRun, code: int) -> Exception:
     # torchrun ends with its own exit code, so the run folder says how the stage itself ended.
     status = read_status(stage.out)
-    if code == EXIT_STOPPED or status.get("exit_code") == EXIT_STOPPED or code in (-signal.SIGTERM, -signal.SIGINT):
+    ended = status.get("exit_code", code)
+    if EXIT_STOPPED in (code, ended) or code in [-number for number in StopSignal.SIGNALS]:
         return StoppedBySignalError(f"stage {stage.name} was stopped; run the same command again to go on")
-    if status.get("exit_code") == EXIT_USER_ERROR:
-        return UserError(str(status.get("message", "")), where=f"stage {stage.name}")
+    if EXIT_USER_ERROR in (code, ended):
+        return UserError(str(status.get("message", "its message is above")), where=f"stage {stage.name}")
     return RuntimeError(f"stage {stage.name} failed with exit code {code}; its output is above")
 
 

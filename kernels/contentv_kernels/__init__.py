@@ -6,6 +6,7 @@ from contentv_kernels.attention import attention
 from contentv_kernels.attention_part import attention_part, attention_part_backward
 from contentv_kernels.dispatch import available, force, report
 from contentv_kernels.modulated_layer_norm import modulated_layer_norm
+from contentv_kernels.rms_norm import rms_norm
 
 __all__ = [
     "attention",
@@ -15,4 +16,5 @@ __all__ = [
     "force",
     "modulated_layer_norm",
     "report",
+    "rms_norm",
 ]

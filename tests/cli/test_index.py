@@ -107,7 +107,7 @@ def test_others_tars_are_taken_in_after_all_samples_were_checked(run, dataset: P
     code, said = run(f"path={dataset}", "adopt=true")
     assert code == 0
     assert f"adopted: {BUCKET.name}/theirs.tar" in said
-    for number, reason in ((1, "not finite"), (2, "latents is"), (3, "lacks"), (4, "another sample"), (5, "header")):
+    for number, reason in ((1, "not finite"), (2, "latents is"), (3, "missing"), (4, "another sample"), (5, "header")):
         line = next(line for line in said.splitlines() if line.startswith("left out") and f"their-{number}" in line)
         assert reason in line
     assert "their-6.pth" in said

@@ -71,4 +71,4 @@ def test_later_keys_leave_the_digest_of_earlier_runs_alone() -> None:
 def test_the_folders_of_data_path_are_looked_for(tmp_path: Path) -> None:
     root = load_config("train", [f"data.path=[{tmp_path},{tmp_path / 'nowhere'}]"])
     with pytest.raises(UserError, match="nowhere"):
-        open_data(root)
+        open_data(root.data)

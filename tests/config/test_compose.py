@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from contentv.base.errors import UserError
 from contentv.config.compose import config_dir, groups, keys, load_config
 from contentv.config.document import keys_page
-from contentv.config.graph import build_graph, config_hash
+from contentv.config.graph import build_graph, config_hash, launcher_of
 from contentv.config.schema import ROOTS, PipelineConfig, StageNode
 
 
@@ -115,3 +116,13 @@ def test_names_of_the_users_own_can_be_given_to_mappings() -> None:
     assert load_config("synth", ["variants.clean=0.5"]).variants["clean"] == 0.5
     with pytest.raises(UserError, match=r"data\.source_weights"):
         load_config("train", ["data.source_weights={synth:much}"])
+
+
+def test_a_pipeline_started_once_per_rank_runs_its_stages_in_these_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, told = PipelineConfig(nproc=4), PipelineConfig(launcher="torchrun --nproc-per-node 8")
+    assert launcher_of(alone)[-2:] == ["--nproc-per-node", "4"]
+    assert launcher_of(told) == ["torchrun", "--nproc-per-node", "8"]
+    monkeypatch.setenv("RANK", "0")
+    assert launcher_of(alone) == [sys.executable]
+    with pytest.raises(UserError, match=r"pipeline\.launcher"):
+        launcher_of(told)

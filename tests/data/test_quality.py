@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from data_factory import SMALL, build, fill, writer
+from data_factory import SMALL, build, fill, meta, tensors, writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contentv.base.errors import UserError
 from contentv.data import Normaliser, refit_quality
-from contentv.data.quality import ScoreStatistics, write_quality
+from contentv.data.quality import ScoreStatistics, drifted, write_quality
 
 
 def normaliser(values: list[float], mode: str = "quantile") -> Normaliser:
@@ -100,3 +101,67 @@ def test_refit_restores_quality_json_from_the_shards(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*.tar")} == shards
     n = Normaliser.load(path)
     assert 0.0 < n.apply("shows", "visual_raw", 3.0) < 1.0
+
+
+def test_corpus_scope_ranks_all_sources_together(tmp_path: Path) -> None:
+    dim, bright = [i / 100 for i in range(101)], [10.0 + i for i in range(303)]
+    write_quality(tmp_path, [("dim", x, 1.0) for x in dim] + [("bright", x, 1.0) for x in bright])
+    everything = np.array(dim + bright)
+    n = Normaliser.load(tmp_path, scope="corpus")
+    for source, raw in (("dim", 0.5), ("bright", 60.0)):
+        assert n.apply(source, "visual_raw", raw) == pytest.approx((everything < raw).mean(), abs=0.01)
+    low, high = np.quantile(everything, [0.01, 0.99])
+    assert Normaliser.load(tmp_path, "minmax", "corpus").apply("dim", "visual_raw", 0.5) == pytest.approx(
+        max(0.0, (0.5 - low) / (high - low)), abs=1e-9
+    )
+    with pytest.raises(UserError, match="no statistics"):
+        n.apply("unknown", "visual_raw", 1.0)
+    with pytest.raises(UserError, match=r"data\.quality_scope"):
+        Normaliser.load(tmp_path, scope="world")
+    record = json.loads((tmp_path / "quality.json").read_text())
+    del record["corpus"]  # as older versions wrote it
+    (tmp_path / "quality.json").write_text(json.dumps(record))
+    assert Normaliser.load(tmp_path).apply("dim", "visual_raw", 0.5) == pytest.approx(0.5)
+    with pytest.raises(UserError, match=r"quality\.json is not valid"):
+        Normaliser.load(tmp_path, scope="corpus")
+
+
+def test_drift_is_told_when_new_clips_fall_outside(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    old, same, moved = rng.normal(0, 1, 2000), rng.normal(0, 1, 500), rng.normal(2.0, 1, 500)
+    n = Normaliser({"s": {"motion_raw": ScoreStatistics.fit(old)}})
+    assert n.drift("s", "motion_raw", same) == ""
+    low, high = np.quantile(old, [0.01, 0.99])
+    share = ((moved < low) | (moved > high)).mean()
+    assert share > 0.2
+    sentence = n.drift("s", "motion_raw", np.append(moved, math.nan))
+    assert sentence.startswith(f'motion_raw of source "s": {share:.0%} of 500 new clips lie outside')
+    assert n.drift("s", "motion_raw", moved[:49]) == ""
+    assert n.drift("other", "motion_raw", moved) == ""
+    assert drifted(tmp_path, [("s", 1.0, 1.0)]) == []  # no quality.json, nothing to compare with
+    write_quality(tmp_path, [("s", None, x) for x in old])
+    rows = [("s", None, x) for x in [*old, *moved]]
+    assert drifted(tmp_path, rows, known=2000) == [n.drift("s", "motion_raw", moved)]
+    assert drifted(tmp_path, rows, known=2500) == []
+
+
+def test_adding_clips_of_another_kind_is_told_and_refits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("contentv.data.writer.get_logger", lambda: SimpleNamespace(warning=told.append))
+    path = build(tmp_path / "d", {SMALL: 60})
+    with writer(path) as target:
+        fill(target, 60, first=60)
+    assert told == []
+    with writer(path) as target:
+        for i in range(120, 180):
+            strange = {**meta(i), "visual_raw": 50.0 + i, "motion_raw": None}
+            target.add(f"new-{i}", strange, **tensors(i), bucket=SMALL)
+    assert len(told) == 1
+    assert 'visual_raw of source "films": 100% of 60 new clips lie outside 0 .. 6' in told[0]
+    assert "quality.json is fitted again" in told[0]
+    assert Normaliser.load(path).apply("films", "visual_raw", 200.0) > 0.8
+    write_quality(path, [("films", float(i % 4), 1.0) for i in range(100)])  # of other clips
+    share = (sum(i % 7 > 3 for i in range(120)) + 60) / 180
+    sentence = f'visual_raw of source "films": {share:.0%} of 180 new clips lie outside 0 .. 3'
+    assert sentence in " ".join(refit_quality(path))
+    assert refit_quality(path) == []

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import special, stats
 
-from contentv.diffusion.timesteps import LogitNormal, Mode, SigmaSampler, Uniform, shift_sigma
+from contentv.diffusion.samplers import moments_of
+from contentv.diffusion.timesteps import Beta, Discrete, LogitNormal, Mode, SigmaSampler, Uniform, shift_sigma
 
 SAMPLERS = [
     Uniform(),
@@ -20,6 +21,9 @@ SAMPLERS = [
     Mode(),
     Mode(scale=-0.9, shift=3.0),
     Mode(scale=1.6, shift=2.0),
+    Beta(),
+    Beta(alpha=2.5, beta=4.0, shift=3.0),
+    Beta(alpha=0.7, beta=1.3, shift=0.5),
 ]
 
 
@@ -62,7 +66,7 @@ def test_density_is_the_slope_of_the_distribution_function(sampler):
 def test_draws_follow_the_distribution(sampler):
     draws = sampler.sample(50_000, seeded())
     assert draws.dtype == torch.float32
-    assert float(draws.min()) >= 1e-5
+    assert float(draws.min()) >= 1e-5 * 0.999
     assert float(draws.max()) <= 1 - 1e-5 + 1e-7
     assert stats.kstest(sampler.cdf(draws).numpy(), "uniform").pvalue > 1e-3
 
@@ -97,6 +101,61 @@ def test_mode_is_monotone_to_the_ends_of_its_scale(scale):
     sigma = Mode(scale).icdf(torch.linspace(0, 1, 1001, dtype=torch.float64))
     assert bool((sigma.diff() >= 0).all())
     assert stats.kstest(Mode(scale).cdf(Mode(scale).sample(20_000, seeded())).numpy(), "uniform").pvalue > 1e-3
+
+
+def test_beta_is_scipys():
+    sampler, sigma = Beta(1.5, 0.8), torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    expected = stats.beta(1.5, 0.8)
+    np.testing.assert_allclose(
+        sampler.log_density(sigma).numpy(), expected.logpdf(sigma.numpy()), rtol=1e-9, atol=1e-12
+    )
+    np.testing.assert_allclose(sampler.icdf(sigma).numpy(), expected.ppf(sigma.numpy()), rtol=1e-6)
+    low, high = sampler.log_tails(torch.tensor([1e-300, 1e-12, 0.5], dtype=torch.float64))
+    assert low[0].item() == pytest.approx(1.5 * math.log(2.0**-52) - math.log(1.5) - special.betaln(1.5, 0.8))
+    np.testing.assert_allclose(low[1:].numpy(), expected.logcdf([1e-12, 0.5]), rtol=1e-9)
+    np.testing.assert_allclose(high[1:].numpy(), expected.logsf([1e-12, 0.5]), rtol=1e-9, atol=1e-15)
+
+
+def test_beta_tails_below_the_smallest_number_keep_their_slope():
+    low, _ = Beta(60.0, 2.0).log_tails(torch.tensor([1e-9, 1e-8], dtype=torch.float64))  # 1e-540 and 1e-480
+    assert float(low[1] - low[0]) == pytest.approx(60 * math.log(10), rel=1e-6)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_moments_are_those_of_the_quantiles(sampler):
+    middle = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    values = sampler.icdf(middle).double()
+    moments = sampler.moments()
+    assert float(moments.mean) == pytest.approx(float(values.mean()), abs=1e-5)
+    assert float(moments.std) == pytest.approx(float(values.std()), abs=1e-5)
+
+
+def test_moments_in_closed_form():
+    for alpha, beta in ((1.5, 1.0), (0.05, 7.0), (30.0, 2.0)):
+        moments, exact = moments_of(Beta(alpha, beta).cdf), stats.beta(alpha, beta)
+        assert float(moments.mean) == pytest.approx(exact.mean(), abs=1e-9)
+        assert float(moments.std) == pytest.approx(exact.std(), abs=1e-8)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, Discrete(LogitNormal(), 1000)], ids=str)
+def test_many_generators_give_what_each_gives_alone(sampler):
+    each = sampler.sample_each([seeded(i) for i in range(37)])
+    assert torch.equal(each, torch.cat([sampler.sample(1, seeded(i)) for i in range(37)]))
+
+
+def test_discrete_levels_are_the_base_rounded_up():
+    sampler, u = Discrete(LogitNormal(shift=3.0), 50), torch.rand(5000, generator=seeded(), dtype=torch.float64)
+    sigma = sampler.icdf(u).double()
+    exact = np.ceil(LogitNormal(shift=3.0).icdf(u).double().numpy() * 50) / 50
+    np.testing.assert_allclose(sigma.numpy(), exact.clip(1e-5, 1 - 1e-5), atol=1e-7)
+    level = torch.tensor([0.2, 0.219, 0.22], dtype=torch.float64)
+    base = LogitNormal(shift=3.0).cdf(torch.tensor([0.2, 0.2, 0.22], dtype=torch.float64))
+    torch.testing.assert_close(sampler.cdf(level), base)
+    assert isinstance(sampler, SigmaSampler)
+    drawn = sampler.sample(200_000, seeded(1)).double()
+    assert float(sampler.moments().mean) == pytest.approx(float(drawn.mean()), abs=0.002)
+    assert float(sampler.moments().std) == pytest.approx(float(drawn.std()), abs=0.002)
+    assert torch.equal(Discrete(Uniform(), 10).icdf(torch.tensor([0.3, 0.31])), torch.tensor([0.3, 0.4]))
 
 
 def test_one_fp64_uniform_number_per_draw():
@@ -139,6 +198,11 @@ def test_density_outside_and_at_the_ends():
         (lambda: Mode(shift=-1), "shift .* got -1"),
         (lambda: LogitNormal(std=0.0), "std .* got 0.0"),
         (lambda: LogitNormal(mean=math.nan), "mean .* got nan"),
+        (lambda: Beta(alpha=0.0), "alpha must be above 0, got 0.0"),
+        (lambda: Beta(beta=-1.0), "beta .* got -1.0"),
+        (lambda: Beta(shift=math.nan), "shift .* got nan"),
+        (lambda: Discrete(Uniform(), 1), "levels must be 2 or more, got 1"),
+        (lambda: Discrete(Uniform(), 9).log_density(torch.ones(1)), "levels=9.* no log density"),
         (lambda: Mode(scale=1.8), "scale .* got 1.8"),
         (lambda: Mode(scale=-1.1), "scale .* got -1.1"),
         (lambda: shift_sigma(torch.ones(1), 0), "shift .* got 0"),

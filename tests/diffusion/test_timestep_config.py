@@ -12,7 +12,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from contentv.base.errors import UserError
 from contentv.base.rng import keyed_generators
-from contentv.diffusion.timesteps import TQD, LogitNormal, Mode, TimestepConfig, Uniform, build_sampler, draw
+from contentv.diffusion.timesteps import (
+    TQD,
+    Beta,
+    Discrete,
+    LogitNormal,
+    Mode,
+    TimestepConfig,
+    Uniform,
+    build_sampler,
+    draw,
+)
 
 NONE = torch.full((5,), math.nan)
 MOTION, VISUAL = torch.tensor([0.9, 0.1, 0.5, 1.0, 0.0]), torch.tensor([0.2, 0.8, 0.5, 0.0, 1.0])
@@ -27,6 +37,11 @@ def test_each_kind_is_built():
     assert build_sampler(TimestepConfig(mean=0.5, std=2.0, shift=3.0)) == LogitNormal(0.5, 2.0, 3.0)
     assert build_sampler(TimestepConfig(kind="uniform", shift=5.0)) == Uniform(5.0)
     assert build_sampler(TimestepConfig(kind="mode", mode_scale=0.8, shift=2.0)) == Mode(0.8, 2.0)
+    assert build_sampler(TimestepConfig(kind="beta", alpha=2.0, beta=3.0, shift=2.0)) == Beta(2.0, 3.0, 2.0)
+    assert build_sampler(TimestepConfig(kind="uniform", levels=1000)) == Discrete(Uniform(), 1000)
+    routed = build_sampler(TimestepConfig(kind="tqd", base="beta", levels=100, missing="refuse"))
+    assert isinstance(routed, TQD)
+    assert (routed.base, routed.missing) == (Discrete(Beta(), 100), "refuse")
 
 
 def test_tqd_is_shifted_once_in_either_mode():
@@ -47,6 +62,13 @@ def test_tqd_is_shifted_once_in_either_mode():
         ({"kind": "tqd", "tqd_mode": "rank"}, "mode must be quantile or direct, got rank"),
         ({"kind": "tqd", "kappa_base": 9.0}, "kappa_max must be at least kappa_base=9.0, got 8.0"),
         ({"kind": "tqd", "kappa_base": 0.0}, "kappa_base must be above 0, got 0.0"),
+        ({"kind": "beta", "alpha": 0.0}, "alpha must be above 0, got 0.0"),
+        ({"levels": 1}, "levels must be 2 or more, got 1"),
+        ({"levels": -5}, "levels must be 0 or more, got -5"),
+        ({"kind": "tqd", "tqd_mode": "direct", "levels": 10}, "levels must be 0 in tqd_mode=direct"),
+        ({"kind": "tqd", "missing": "skip"}, "missing must be base or refuse, got skip"),
+        ({"loss_weight": "minsnr"}, 'timestep.loss_weight="minsnr" is unknown; did you mean "min_snr"'),
+        ({"loss_weight": "min_snr", "snr_gamma": 0.0}, "snr_gamma must be above 0, got 0.0"),
         ({"shift": 0.0}, "shift must be above 0, got 0.0"),
         ({"std": -1.0}, "std must be above 0, got -1.0"),
         ({"kind": "mode", "mode_scale": 3.0}, "scale must be in -1..1.7519, got 3.0"),

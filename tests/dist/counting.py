@@ -75,13 +75,18 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, Tenso
     return sum(storage.nbytes() for storage in storages.values()), value
 
 
-def block_lengths(tokens: TokenCounts, sp: int, ring: int) -> list[int]:
+def part_size(n: int, sp: int, unit: int = 1) -> int:
+    """Tokens of a sequence rank: n padded to divide by sp x unit."""
+    return unit * math.ceil(n / (sp * unit))
+
+
+def block_lengths(tokens: TokenCounts, sp: int, ring: int, unit: int = 1) -> list[int]:
     """Tokens of each place of the ring: every stream is cut into sp parts of equal size, the last ones short."""
     lengths = []
     for place in range(ring):
         count = 0
         for n in tokens:
-            part = (n + sp - 1) // sp
+            part = part_size(n, sp, unit)
             count += sum(1 for token in range(n) if token // part // (sp // ring) == place)
         lengths.append(count)
     return lengths
@@ -101,16 +106,19 @@ def ring_bytes(samples: int, lengths: list[int], place: int, width: int, dtype: 
 
 
 def attention_formula(
-    tokens: TokenCounts, shape: tuple[int, int, int], sp: int, ring: int, sp_rank: int, dtype: torch.dtype
-) -> dict[str, int]:
+    tokens: TokenCounts, shape: tuple[int, int, int], sp: int, ring: int, sp_rank: int, dtype: torch.dtype,
+    unit: int = 1,
+) -> dict[str, int]:  # fmt: skip
     """Bytes of one layer's attention; `shape` is (samples, heads, channels of a head)."""
     samples, heads, head_dim = shape
     ulysses, expected = sp // ring, {}
     width = -(-heads // ulysses) * ulysses * head_dim
     if ulysses > 1:
-        expected["all_to_all_single"] = ulysses_bytes(samples, sum(-(-n // sp) for n in tokens), width, dtype)
+        expected["all_to_all_single"] = ulysses_bytes(
+            samples, sum(part_size(n, sp, unit) for n in tokens), width, dtype
+        )
     if ring > 1:
-        lengths = block_lengths(tokens, sp, ring)
+        lengths = block_lengths(tokens, sp, ring, unit)
         expected["isend"] = ring_bytes(samples, lengths, sp_rank // ulysses, width // ulysses, dtype)
     return expected
 
@@ -120,20 +128,38 @@ def model_formula(config: MMDiTConfig, tokens: TokenCounts, samples: int, mesh: 
     e, layers, width = 4, config.num_layers, config.inner_dim
     heads = config.num_attention_heads // mesh.tp + (mesh.tp_rank < config.num_attention_heads % mesh.tp)
     shape = (samples, heads, config.attention_head_dim)
-    expected = {
-        name: layers * n
-        for name, n in attention_formula(tokens, shape, mesh.sp, mesh.ring, mesh.sp_rank, torch.float32).items()
-    }
-    local = TokenCounts(*(-(-n // mesh.sp) for n in tokens))
+    unit = mesh.tp if mesh.sequence_norms else 1
+    attention = attention_formula(tokens, shape, mesh.sp, mesh.ring, mesh.sp_rank, torch.float32, unit)
+    expected = Counter({name: layers * n for name, n in attention.items()})
+    local = TokenCounts(*(part_size(n, mesh.sp, unit) for n in tokens))
+    patch = config.patch_size**2
+    output = samples * local.video * patch * config.out_channels * e
     if mesh.sp > 1:  # the output is put together, once
-        channels = config.patch_size**2 * config.out_channels
-        expected["all_gather"] = samples * mesh.sp * local.video * channels * e
+        expected["all_gather"] += mesh.sp * output
     if mesh.tp > 1:
-        # A layer and stream: outputs of attention and feed-forward; input gradients of q, k, v and the feed-forward.
-        # The last layer's text ends at the attention: q, k, v alone. Then the gradients of four norms.
-        sums = 6 * layers * local.video + (6 * layers - 3) * local.text
-        expected["all_reduce"] = samples * sums * width * e + 4 * layers * config.attention_head_dim * e
-    return expected
+        # A layer and stream: outputs of attention and feed-forward, gradients of their inputs. The last layer's text
+        # ends at the attention: its input alone. Then the gradients of four norms.
+        halves = samples * (2 * layers * local.video + (2 * layers - 2) * local.text) * width * e  # outputs
+        halves_in = halves + samples * local.text * width * e  # inputs
+        norms = 4 * layers * config.attention_head_dim * e
+        expected["all_reduce"] += norms
+        if not mesh.sequence_norms:
+            expected["all_reduce"] += halves + halves_in
+        else:
+            # Inputs are gathered and their gradients scattered, outputs scattered and their gradients gathered.
+            expected["all_gather"] += halves + halves_in + output
+            expected["reduce_scatter"] += halves + halves_in
+            expected["all_reduce"] += replicated_gradients(config, samples) * e
+    return dict(expected)
+
+
+def replicated_gradients(config: MMDiTConfig, samples: int) -> int:
+    """Numbers that tensor ranks with a part of the tokens sum in a backward pass, norms of heads apart."""
+    d, patch = config.inner_dim, config.patch_size**2
+    modulations = 12 * config.num_layers - 4 + 2  # vectors a clip; two of the last text's norm, two of the last norm
+    biases = 4 * config.num_layers - 2  # of attention's output and the feed-forward's, of each stream
+    inputs = (patch * config.in_channels + 1) * d + (config.joint_attention_dim + 1) * d
+    return samples * modulations * d + biases * d + inputs + (d + 1) * patch * config.out_channels
 
 
 def zero3_formula(

@@ -6,6 +6,7 @@ Three torchrun starts check all of it: each runs its layouts one after another w
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ TWO: dict[str, dict[str, Any]] = {
     "sp2 zero3": {"sp": 2},
     "tp2 zero3": {"tp": 2},
     "ring2 zero3": {"sp": 2, "ring": 2},
+    "tp2 zero3, sequence norms": {"tp": 2, "sequence_norms": True, "steps": SHORTER},
+    "sp2 zero3, overlapped": {"sp": 2, "exchange": "overlapped", "steps": FEW},
     "sp2 zero2 accumulation2": {"sp": 2, "zero_stage": 2, "micro_batches": 2, "steps": FEW},
     "sp2 zero1 accumulation4": {"sp": 2, "zero_stage": 1, "micro_batches": 4, "steps": FEW},
     "tp2 zero1 full recompute": {"tp": 2, "zero_stage": 1, "recompute": "full", "steps": FEW},
@@ -52,6 +55,22 @@ FOUR: dict[str, dict[str, Any]] = {
     "tp4 zero3, 6 heads as 2 2 1 1": {"tp": 4, "steps": SHORTER, "reload": True},
     "sp4 zero3, 38 heads padded to 40": {"sp": 4, "model": MANY, "steps": SHORTER},
     "tp4 zero1, 38 heads as 10 10 9 9": {"tp": 4, "model": MANY, "zero_stage": 1, "steps": FEW},
+    "sp2 tp2 zero3, sequence norms, overlapped": {
+        "sp": 2,
+        "tp": 2,
+        "sequence_norms": True,
+        "exchange": "overlapped",
+        "steps": SHORTER,
+    },
+    "ring2 tp2 zero1, sequence norms, full recompute": {
+        "sp": 2,
+        "ring": 2,
+        "tp": 2,
+        "sequence_norms": True,
+        "zero_stage": 1,
+        "recompute": "full",
+        "steps": FEW,
+    },
 }
 MORE_TWO: dict[str, dict[str, Any]] = {
     "dp2 zero1": {"zero_stage": 1}, "dp2 zero2": {"zero_stage": 2}, "tp2 zero2": {"tp": 2, "zero_stage": 2},
@@ -64,6 +83,10 @@ MORE_TWO: dict[str, dict[str, Any]] = {
     "sp2 zero3 offloaded": {"sp": 2, "offload": "all"},
     "dp2 zero1 offloaded optimizer": {"zero_stage": 1, "offload": "optimizer"},
     "sp2 zero3 small weights whole": {"sp": 2, "persist_below": 2000},
+    "tp2 zero3, sequence norms": {"tp": 2, "sequence_norms": True},
+    "tp2 zero2, sequence norms, 38 heads": {"tp": 2, "sequence_norms": True, "zero_stage": 2, "model": MANY},
+    "sp2 zero1, overlapped": {"sp": 2, "exchange": "overlapped", "zero_stage": 1},
+    "sp2 zero3, overlapped, 38 heads": {"sp": 2, "exchange": "overlapped", "model": MANY},
     "sp2 zero3, 38 heads": {"sp": 2, "model": MANY}, "tp2 zero3, 38 heads": {"tp": 2, "model": MANY},
 }  # fmt: skip
 MORE_FOUR: dict[str, dict[str, Any]] = {
@@ -74,6 +97,20 @@ MORE_FOUR: dict[str, dict[str, Any]] = {
     "ulysses2 ring2 zero2 full recompute": {"sp": 4, "ring": 2, "zero_stage": 2, "recompute": "full"},
     "sp2 tp2 zero2 full recompute": {"sp": 2, "tp": 2, "zero_stage": 2, "recompute": "full"},
     "dp4 zero3": {},
+    "sp2 tp2 zero3, sequence norms, overlapped": {
+        "sp": 2,
+        "tp": 2,
+        "sequence_norms": True,
+        "exchange": "overlapped",
+    },
+    "tp4 zero3, sequence norms, 38 heads as 10 10 9 9": {"tp": 4, "sequence_norms": True, "model": MANY},
+    "ulysses2 ring2 zero2, overlapped, full recompute": {
+        "sp": 4,
+        "ring": 2,
+        "exchange": "overlapped",
+        "zero_stage": 2,
+        "recompute": "full",
+    },
     "sp2 tp2 zero3, 19 heads padded to 20": {"sp": 2, "tp": 2, "model": MANY},
     "tp4 zero3, 38 heads as 10 10 9 9": {"tp": 4, "model": MANY},
     "ulysses2 ring2 zero3, 38 heads": {"sp": 4, "ring": 2, "model": MANY},
@@ -86,7 +123,28 @@ EIGHT: dict[str, dict[str, Any]] = {
     "ring8 zero2": {"sp": 8, "ring": 8, "zero_stage": 2},
     "dp2 sp2 tp2 zero3": {"sp": 2, "tp": 2},
     "sp2 tp4 zero3, 38 heads as 10 10 9 9": {"sp": 2, "tp": 4, "model": MANY},
+    "sp4 tp2 zero3, sequence norms, overlapped, 38 heads": {
+        "sp": 4,
+        "tp": 2,
+        "sequence_norms": True,
+        "exchange": "overlapped",
+        "model": MANY,
+    },
+    "ring2 ulysses2 tp2 zero1, sequence norms": {
+        "sp": 4,
+        "ring": 2,
+        "tp": 2,
+        "sequence_norms": True,
+        "zero_stage": 1,
+    },
 }
+
+MUTANTS = (
+    "qk-norm gradients not summed", "split weights not marked", "an all-reduce of tensor ranks dropped",
+    "gradients of embeddings not summed, sequence norms", "gradients of modulations not summed, sequence norms",
+    *(f"sequence ranks {how}, zero{stage}" for stage in (1, 2, 3) for how in ("averaged", "counted twice")),
+    "gradients of the output counted once a rank",
+)  # fmt: skip
 
 
 def layout(
@@ -141,21 +199,32 @@ def two(truth: str) -> dict[str, Any]:
 def mutants() -> dict[str, Any]:
     """Runs in every process: what must break parity, or the comparison proves nothing."""
     found = {}
-    unsummed = tensor.TensorPlan(MMDIT_PLAN.column, MMDIT_PLAN.row, partial=())
-    found["qk-norm gradients not summed"] = layout(steps=FEW, plan=unsummed, tp=2)["curves"]
+
+    def wrong(name: str, plan: tensor.TensorPlan = MMDIT_PLAN, **parallel: Any) -> None:
+        found[name] = layout(steps=FEW, plan=plan, **parallel)["curves"]
+
+    wrong("qk-norm gradients not summed", dataclasses.replace(MMDIT_PLAN, partial=()), tp=2)
     mark, tensor.mark = tensor.mark, lambda parameter: parameter
-    found["split weights not marked"] = layout(steps=FEW, tp=2)["curves"]
+    wrong("split weights not marked", tp=2)
     tensor.mark = mark
     enter, tensor.enter_tensor_parallel = tensor.enter_tensor_parallel, lambda x, group: x
-    found["an all-reduce of tensor ranks dropped"] = layout(steps=FEW, tp=2)["curves"]
+    wrong("an all-reduce of tensor ranks dropped", tp=2)
     tensor.enter_tensor_parallel = enter
+    unsummed = dataclasses.replace(MMDIT_PLAN, tokenwise=())
+    wrong("gradients of embeddings not summed, sequence norms", unsummed, tp=2, sequence_norms=True)
+    unsummed = dataclasses.replace(MMDIT_PLAN, modulations=())
+    wrong("gradients of modulations not summed, sequence norms", unsummed, tp=2, sequence_norms=True)
     right = zero.ZeroEngine.backward
-    zero.ZeroEngine.backward = lambda self, loss, n: right(self, loss / self.mesh.sp, n)  # type: ignore[method-assign]
-    found["sequence ranks averaged"] = layout(steps=FEW, sp=2)["curves"]
+    for stage in (1, 2, 3):
+        for name, scale in (("averaged", 0.5), ("counted twice", 2.0)):
+            zero.ZeroEngine.backward = (  # type: ignore[method-assign]
+                lambda self, loss, n, scale=scale: right(self, loss * scale, n)
+            )
+            wrong(f"sequence ranks {name}, zero{stage}", sp=2, zero_stage=stage)
     zero.ZeroEngine.backward = right  # type: ignore[method-assign]
     gather = ulysses.gather_tokens
     ulysses.gather_tokens = lambda x, n, group: Doubled.apply(gather(x, n, group))
-    found["gradients of the output counted once a rank"] = layout(steps=FEW, sp=2, ring=2)["curves"]
+    wrong("gradients of the output counted once a rank", sp=2, ring=2)
     ulysses.gather_tokens = gather
     return found
 
@@ -259,7 +328,8 @@ def check(results: list[dict[str, Any]], name: str, case: dict[str, Any], truths
     steps = case.get("steps", STEPS)
     assert all(len(curve) == steps for curve in found["curves"])
     errors = (error(found["curves"], truths[case.get("model", SIX)]), found["param"], found["ema"])
-    parity(f"{name}, {steps} steps, fp32", "one process, plain torch", max(errors), TOLERANCE)
+    what = f"{len(results)} processes, {name}, {steps} steps, fp32"
+    parity(what, "one process, plain torch", max(errors), TOLERANCE)
 
 
 @pytest.mark.dist
@@ -280,14 +350,9 @@ def test_a_checkpoint_of_uneven_tensor_ranks_loads_on_any_layout(on_four: Any) -
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qk-norm gradients not summed", "split weights not marked", "an all-reduce of tensor ranks dropped",
-        "sequence ranks averaged", "gradients of the output counted once a rank",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", MUTANTS)
 def test_a_mistake_in_the_gradients_is_seen(name: str, on_two: Any, truth: Any) -> None:
+    assert on_two[0]["mutants"].keys() == set(MUTANTS)
     assert error(on_two[0]["mutants"][name], truth) > 5 * TOLERANCE
 
 

@@ -31,9 +31,13 @@ HEADS, HEAD_DIM, SAMPLES = 38, 4, 2
 LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")  # 1e9 each, unless given
 LATENTS, TEXT, MODEL_TOKENS = (4, 4, 16, 22), 37, TokenCounts(video=4 * 8 * 11, text=37)
 MODEL = {"num_attention_heads": HEADS, "attention_head_dim": 8}
-MODEL_LAYOUTS: dict[str, dict[str, int]] = {
-    "one": {}, "ulysses 4": {"sp": 4}, "ring 2 x ulysses 2": {"sp": 4, "ring": 2}, "ring 4": {"sp": 4, "ring": 4},
+MODEL_LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {}, "ulysses 4": {"sp": 4}, "ulysses 4, overlapped": {"sp": 4, "exchange": "overlapped"},
+    "ring 2 x ulysses 2": {"sp": 4, "ring": 2}, "ring 4": {"sp": 4, "ring": 4},
     "sp 2 x tp 2": {"sp": 2, "tp": 2}, "tp 4": {"tp": 4},
+    "tp 4, sequence norms": {"tp": 4, "sequence_norms": True},
+    "sp 2 x tp 2, sequence norms": {"sp": 2, "tp": 2, "sequence_norms": True},
+    "ring 2 x tp 2, sequence norms": {"sp": 2, "ring": 2, "tp": 2, "sequence_norms": True},
 }  # fmt: skip
 
 
@@ -174,6 +178,25 @@ def zero3_counts(traffic: Traffic) -> dict[str, Any]:
     return found
 
 
+def held_shares() -> dict[str, float]:
+    """Returns what a rank of ZeRO-3 holds of weights and optimiser states, of what one rank alone would: 16 bytes each.
+
+    In fp32 those are the weights, AdamW's own copy of them and its two moments.
+    """
+    found = {}
+    for name, settings in (("all split", {"persist_below": 0}), ("vectors whole", {"persist_below": None})):
+        engine = toy.make_engine(ParallelConfig(zero_stage=3), model=toy.make_model(**MODEL), **settings)
+        toy.train(engine, 1)
+        parameters = list(engine.module.parameters())
+        tensors = [*parameters, *(p.ds_tensor for p in parameters), *engine._masters]
+        for state in engine._adamw.state.values():
+            tensors += [state["exp_avg"], state["exp_avg_sq"]]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        found[name] = sum(storages.values()) / (16 * engine.num_parameters)
+        engine.close()
+    return found
+
+
 def ranks() -> dict[str, Any]:
     """Runs in every process."""
     traffic = Traffic()  # before DeepSpeed starts, which keeps torch's functions
@@ -194,6 +217,7 @@ def ranks() -> dict[str, Any]:
             report["formula"][f"{name} {dtype}"] = attention_formula(BYTES, shape, sp, places, of.part, dtype)
     report["model"] = model_counts(traffic)
     report["zero3"] = zero3_counts(traffic)
+    report["held"] = held_shares()
     return report
 
 
@@ -206,7 +230,7 @@ def on_four() -> list[dict[str, Any]]:
 def test_a_ring_is_exact_for_uneven_lengths(on_four: Any, parity: Any) -> None:
     assert all(len(result["ring"]) == len(LENGTHS) for result in on_four)
     worst = max(max(result["ring"]) for result in on_four)
-    parity("ring attention of 4, uneven lengths, forward and backward, fp64", "plain attention", worst, 1e-12)
+    parity("4 processes, ring attention, uneven lengths, forward and backward, fp64", "plain attention", worst, 1e-12)
 
 
 @pytest.mark.dist
@@ -214,7 +238,12 @@ def test_a_ring_is_exact_for_uneven_lengths(on_four: Any, parity: Any) -> None:
 def test_ulysses_times_ring_is_exact_for_uneven_heads_and_tokens(on_four: Any, layout: str, parity: Any) -> None:
     assert all(len(result["seams"][layout]) == len(CASES) for result in on_four)
     worst = max(max(result["seams"][layout].values()) for result in on_four)
-    parity(f"a layer's attention, {layout}, uneven, forward and backward, fp64", "plain attention", worst, 1e-12)
+    parity(
+        f"4 processes, a layer's attention, {layout}, uneven, forward and backward, fp64",
+        "plain attention",
+        worst,
+        1e-12,
+    )
 
 
 @pytest.mark.dist
@@ -247,18 +276,44 @@ def compare(what: str, found: dict[str, dict[str, int]], parity: Any) -> None:
     """Holds the bytes of each collective against the formula: exact integers."""
     assert found["bytes"].keys() == found["formula"].keys()
     differences = [abs(found["bytes"][name] - n) for name, n in found["formula"].items()]
-    parity(what, "closed formula", max(differences, default=0), 0)
+    parity(f"4 processes, {what}", "closed formula", max(differences, default=0), 0)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_bytes_of_zero3_are_the_formula(on_four: Any, size: str, parity: Any) -> None:
     for result in on_four:
-        compare(f"bytes a rank hands to collectives, ZeRO-3 of 4, {size} model", result["zero3"][size], parity)
+        compare(f"bytes a rank hands to collectives, ZeRO-3, {size} model", result["zero3"][size], parity)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", ["ulysses 4", "ring 2 x ulysses 2", "ring 4"])
 def test_four_sequence_ranks_keep_at_most_three_tenths_each(on_four: Any, layout: str, parity: Any) -> None:
     share = max(result["model"][layout]["kept"] / result["model"]["one"]["kept"] for result in on_four)
-    parity(f"activation bytes a rank keeps, {layout}, 38 heads", "one rank's bytes: the share", share, 0.30)
+    parity(
+        f"4 processes, activation bytes a rank keeps, {layout}, 38 heads", "one rank's bytes: the share", share, 0.30
+    )
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["all split", "vectors whole"])
+def test_four_zero3_ranks_hold_a_quarter_each(on_four: Any, kind: str, parity: Any) -> None:
+    share = max(result["held"][kind] for result in on_four)
+    assert share >= 0.25  # it counts all that is there
+    parity(
+        f"4 processes, bytes of weights and optimiser a rank holds, ZeRO-3, {kind}",
+        "one rank's: the share",
+        share,
+        0.27,
+    )
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("layout", "most"), [("tp 4", 0.56), ("tp 4, sequence norms", 0.41), ("sp 2 x tp 2, sequence norms", 0.30)]
+)
+def test_tensor_ranks_keep_less_with_sequence_norms(on_four: Any, layout: str, most: float, parity: Any) -> None:
+    share = max(result["model"][layout]["kept"] / result["model"]["one"]["kept"] for result in on_four)
+    parity(
+        f"4 processes, activation bytes a rank keeps, {layout}, 38 heads", "one rank's bytes: the share", share, most
+    )

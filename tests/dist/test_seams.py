@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.nn import functional
 
 import launch
 from contentv.base.types import TokenCounts
+from contentv.models.layers import begun
 from contentv.parallel.collectives import any_of, gather_json, start
+from contentv.parallel.overlap import OverlappedUlysses
 from contentv.parallel.ulysses import Ulysses, padded_part
 
 # (video tokens, text tokens, heads): divisible, odd, fewer tokens or heads than ranks, no text at all
@@ -31,6 +34,7 @@ def project_and_attend(video: Tensor, text: Tensor, weight: Tensor, heads: int, 
     """A layer's attention with seams: q, k, v from both streams, joint attention, the video part of its output."""
     joint = torch.cat([video, text], dim=1)
     q, k, v = functional.linear(joint, weight).unflatten(2, (3, heads, -1)).unbind(2)
+    v, k, q = (begun(attend, x) for x in (v, k, q))
     return attend(q, k, v, TokenCounts(n, m)).flatten(2)[:, : video.shape[1]]
 
 
@@ -63,13 +67,15 @@ def ranks() -> dict[str, Any]:
     rank, world = start(toy.CPU, timeout_s=60.0)
     group = dist.new_group(list(range(world)))
     errors = {}
-    for n, m, heads in CASES:
+    for (n, m, heads), kind, unit in itertools.product(CASES, (Ulysses, OverlappedUlysses), (1, 2)):
         want = forward_backward(n, m, heads, None)
-        out, video_grad, weight_grad = forward_backward(n, m, heads, Ulysses(group, softmax_attention))
+        seams = kind(group, softmax_attention, unit=unit)
+        out, video_grad, weight_grad = forward_backward(n, m, heads, seams)
         dist.all_reduce(video_grad, group=group)  # each rank has its own tokens' part, and zeros elsewhere
         dist.all_reduce(weight_grad, group=group)
         got = (out, video_grad, weight_grad)
-        errors[f"{n} {m} {heads}"] = max((a - b).abs().max().item() for a, b in zip(got, want, strict=True))
+        name = f"{n} {m} {heads} {kind.__name__} {unit}"
+        errors[name] = max((a - b).abs().max().item() for a, b in zip(got, want, strict=True))
     texts = gather_json(["k" * (rank + 1), {"rank": rank, "ß": None}], None, toy.CPU)
     return {"errors": errors, "texts": texts, "any": [any_of(rank == world - 1, toy.CPU), any_of(False, toy.CPU)]}
 
@@ -78,7 +84,7 @@ def ranks() -> dict[str, Any]:
 def test_seams_are_exact_for_uneven_heads_and_tokens() -> None:
     results = launch.run(__file__, "ranks", 3, timeout_s=120.0)
     for result in results:
-        assert len(result["errors"]) == len(CASES)
+        assert len(result["errors"]) == 4 * len(CASES)
         assert max(result["errors"].values()) < 1e-12
         assert result["texts"] == [["k" * (r + 1), {"rank": r, "ß": None}] for r in range(3)]
         assert result["any"] == [True, False]
@@ -86,3 +92,4 @@ def test_seams_are_exact_for_uneven_heads_and_tokens() -> None:
 
 def test_padded_part() -> None:
     assert [padded_part(n, 4) for n in (0, 1, 4, 5, 38)] == [0, 1, 1, 2, 10]
+    assert [padded_part(n, 4, 2) for n in (0, 1, 4, 8, 9, 38)] == [0, 2, 2, 2, 4, 10]

@@ -16,7 +16,7 @@ from contentv.engine.frozen import frozen_model
 from contentv.engine.optim import lr_at
 from contentv.engine.parallelize import parallelize
 from contentv.engine.zero import ZeroEngine
-from contentv.engine.zero_config import deepspeed_config
+from contentv.engine.zero_config import deepspeed_config, weight_sizes
 from contentv.parallel.mesh import ParallelConfig, single_process_mesh
 
 STEPS = 5
@@ -139,8 +139,9 @@ def test_refusals(engines: Any) -> None:
 
 
 def test_deepspeed_is_told_what_the_user_said() -> None:
+    sizes = weight_sizes({"a.weight": (20, 50)})
     config = deepspeed_config(
-        ParallelConfig(zero_stage=3, offload="all"), "bf16", torch.device("cuda"), 1000, grad_clip=0.5
+        ParallelConfig(zero_stage=3, offload="all"), "bf16", torch.device("cuda"), sizes, grad_clip=0.5
     )
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"]["enabled"]

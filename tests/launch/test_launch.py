@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from contentv.base.network import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -37,7 +41,8 @@ def fakes(tmp_path):
 
 
 def start(tmp_path: Path, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "PROCESSES_PER_NODE", "LOG_DIR")}
+    ours = ("OMP_NUM_THREADS", "PROCESSES_PER_NODE", "LOG_DIR", "MASTER_ADDR", "MASTER_PORT")
+    environment = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("SLURM")}
     return subprocess.Popen(
         ["bash", LAUNCH / script, *arguments],
         env=environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | env,
@@ -52,7 +57,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:
     return process.returncode, out.splitlines(), err
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir()))
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.iterdir() if path.suffix != ".yaml"))
 def test_scripts_parse_and_stop_at_errors(script):
     subprocess.run(["bash", "-n", LAUNCH / script], check=True)
     text = (LAUNCH / script).read_text()
@@ -79,46 +84,71 @@ def test_local_shows_how_it_is_used(tmp_path, fakes, arguments):
     assert "launch/local.sh PROCESSES COMMAND key=value" in err
 
 
-def slurm_fakes(fakes, torchrun: str) -> None:
-    fakes("srun", 'shift; exec "$@"')  # drops --kill-on-bad-exit=1 and runs the task here
-    fakes("torchrun", torchrun)
-    fakes("scontrol", 'case "$1" in show) printf "n1\\nn2\\n";; *) echo "scontrol $*";; esac')
+# Runs the first task of a step here; as srun does, it hands USR1 to every process of the step.
+SRUN = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+at = sys.argv.index("bash")
+print("srun", *sys.argv[1:at], flush=True)
+task = dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="16")
+step = subprocess.Popen(sys.argv[at:], env=os.environ | task, start_new_session=True)
+signal.signal(signal.SIGUSR1, lambda *_: os.killpg(step.pid, signal.SIGUSR1))
+sys.exit(step.wait())
+"""
 
 
-def test_slurm_starts_one_torchrun_per_node_that_meet_at_the_first(tmp_path, fakes):
-    slurm_fakes(fakes, 'echo "$OMP_NUM_THREADS"; printf "%s\\n" "$@"')
-    code, out, err = finish(start(tmp_path, "slurm.sbatch", *TRAIN, **SLURM, SLURM_RESTART_COUNT="2"))
-    assert (code, out[0]) == (0, "12"), err
-    joined = " ".join(out[1:])
-    assert "--nnodes 2 --nproc-per-node 8 " in joined
-    assert "--rdzv-backend c10d --rdzv-endpoint n1:24567 --rdzv-id 1234567-2" in joined
-    assert "--log-dir outputs/slurm/1234567/attempt-2 --redirects 3" in joined
-    assert out[-5:] == ["-m", "contentv", *TRAIN]
+@pytest.fixture
+def slurm_fakes(tmp_path, fakes):
+    def write(python: str) -> dict[str, str]:
+        (tmp_path / "srun").write_text(SRUN)
+        (tmp_path / "srun").chmod(0o755)
+        fakes("python", python)
+        fakes(
+            "scontrol",
+            'case "$1 $2" in "show hostnames") printf "n1\\nn2\\n";; "show node") echo "  NodeAddr=10.0.0.7 X=y";;'
+            ' *) echo "scontrol $*";; esac',
+        )
+        return SLURM | {"LOG_DIR": str(tmp_path / "logs")}
+
+    return write
 
 
-@pytest.mark.parametrize(("ended", "requeued"), [(0, False), (1, False), (75, True)])
-def test_slurm_requeues_what_stopped_after_saving_and_not_what_failed(tmp_path, fakes, ended, requeued):
-    slurm_fakes(fakes, f"exit {ended}")
-    code, out, _ = finish(start(tmp_path, "slurm.sbatch", "train", **SLURM))
+def test_slurm_places_the_ranks_and_tells_them_where_to_meet(tmp_path, slurm_fakes):
+    names = "OMP_NUM_THREADS MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE"
+    env = slurm_fakes(f'for name in {names}; do echo "$name=${{!name}}"; done; printf "%s\\n" "$@"')
+    code, out, err = finish(start(tmp_path, "slurm.sbatch", *TRAIN, **env, SLURM_RESTART_COUNT="2"))
+    assert code == 0, err
+    srun = out[0].split()
+    assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"} < set(srun)
+    assert f"--output={tmp_path}/logs/attempt-2/rank-%t.log" in srun
+    assert out[1:8] == [
+        "OMP_NUM_THREADS=12", "MASTER_ADDR=10.0.0.7", f"MASTER_PORT={12000 + 567 * 20}", "RANK=0", "LOCAL_RANK=0",
+        "WORLD_SIZE=16", "LOCAL_WORLD_SIZE=8",
+    ]  # fmt: skip
+    assert out[8:] == ["-m", "contentv", *TRAIN]
+
+
+@pytest.mark.parametrize(("ended", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
+def test_slurm_requeues_what_stopped_after_saving_and_not_what_failed(tmp_path, slurm_fakes, ended, requeued):
+    code, out, _ = finish(start(tmp_path, "slurm.sbatch", "train", **slurm_fakes(f"exit {ended}")))
     assert code == ended
     assert ("scontrol requeue 1234567" in out) is requeued
 
 
-@pytest.mark.parametrize(("ended", "requeued"), [(1, True), (0, False)])
-def test_slurm_hands_preemption_to_the_step_and_waits_until_it_has_saved(tmp_path, fakes, ended, requeued):
-    """The fake torchrun's child stands for a trainer: it takes one second to save after the signal."""
+@pytest.mark.parametrize(("ended", "requeued"), [(75, True), (1, True), (0, False)])
+def test_slurm_hands_preemption_to_the_step_and_waits_until_it_has_saved(tmp_path, slurm_fakes, ended, requeued):
+    """The fake python stands for a trainer: it takes one second to save after the signal."""
     saved, ready = tmp_path / "saved", tmp_path / "ready"
-    slurm_fakes(fakes, f"exec python3 {tmp_path}/step.py")
+    env = slurm_fakes(f"exec {sys.executable} {tmp_path}/step.py")
     (tmp_path / "step.py").write_text(
         "import pathlib, signal, sys, time\n"
-        "assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # torchrun would die of it\n"
+        "assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # one that came earlier would have killed it\n"
         "stop = []\n"
         "signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))\n"
         f"pathlib.Path({str(ready)!r}).touch()\n"
         "while not stop: time.sleep(0.01)\n"
         f"time.sleep(1); pathlib.Path({str(saved)!r}).touch(); sys.exit({ended})\n"
     )
-    process = start(tmp_path, "slurm.sbatch", "train", **SLURM)
+    process = start(tmp_path, "slurm.sbatch", "train", **env)
     deadline = time.monotonic() + 20
     while not ready.exists():
         assert time.monotonic() < deadline, finish(process)
@@ -135,14 +165,30 @@ def test_slurm_asks_for_the_signal_and_for_requeueing():
     assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@120", "#SBATCH --ntasks-per-node=1"} <= set(options)
 
 
-def test_slurm_without_gpus_or_command_says_what_is_missing(tmp_path, fakes):
-    slurm_fakes(fakes, "echo started")
-    without = {k: v for k, v in SLURM.items() if k != "SLURM_GPUS_ON_NODE"}
+def test_slurm_without_gpus_or_command_says_what_is_missing(tmp_path, slurm_fakes):
+    without = {k: v for k, v in slurm_fakes("echo started").items() if k != "SLURM_GPUS_ON_NODE"}
     code, out, err = finish(start(tmp_path, "slurm.sbatch", "train", **without))
     assert code != 0
     assert out == []
     assert "set PROCESSES_PER_NODE" in err
     assert finish(start(tmp_path, "slurm.sbatch", **SLURM))[0] == 2
+
+
+def test_every_variable_that_is_set_is_explained():
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    for script in ("environment.sh", "ascend.env.sh"):
+        for name in re.findall(r"^export (\w+)=", (LAUNCH / script).read_text(), re.MULTILINE):
+            assert f"| `{name}` |" in page, name
+    for variable in VARIABLES.values():
+        assert f"`{variable.partition('=')[0]}`" in page
+
+
+@pytest.mark.parametrize(("processes", "cores", "threads"), [("8", "96", "12"), ("8", "4", "1"), ("2", "3", "1")])
+def test_the_environment_shares_the_cores_and_keeps_what_is_set(processes, cores, threads):
+    command = f". {LAUNCH}/environment.sh {processes} {cores}; echo $OMP_NUM_THREADS $PYTORCH_ALLOC_CONF"
+    env = {"PATH": os.environ["PATH"], "PYTORCH_ALLOC_CONF": "mine"}
+    result = subprocess.run(["bash", "-c", f"set -eu; {command}"], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [threads, "mine"]
 
 
 def test_ascend_environment_keeps_what_is_set_and_finds_cann(tmp_path):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from contentv.base.types import TokenCounts
-from contentv.engine.parallelize import recomputed
+from contentv.engine.recompute import recomputed
 from contentv.models import layers, mmdit
 from contentv.models.cost import (
     activation_bytes,

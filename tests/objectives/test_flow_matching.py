@@ -11,7 +11,8 @@ from torch import nn
 from contentv.base.errors import UserError
 from contentv.base.rng import keyed_generator
 from contentv.base.types import Batch, Bucket, LossOutput, Objective, TextCond
-from contentv.diffusion.timesteps import TQD, LogitNormal, Uniform
+from contentv.diffusion.noise_levels import quality_tallies
+from contentv.diffusion.timesteps import TQD, LogitNormal, MinSNR, Uniform
 from contentv.objectives.flow import FlowMatching, replace_rows
 
 L, D, P = 5, 6, 3
@@ -105,6 +106,37 @@ def test_metrics_are_detached_sums_per_quarter_of_sigma():
     assert len({float(metrics[f"loss_sigma_q{q}_count"]) for q in (1, 2, 3, 4)}) > 1  # or the test shows nothing
     total = sum(float(metrics[f"loss_sigma_q{q}_sum"]) for q in (1, 2, 3, 4))
     assert total == pytest.approx(float(metrics["loss"]), rel=1e-5)
+
+
+def test_weights_multiply_the_loss_and_leave_the_metrics():
+    batch, model = make_batch(range(6)), Toy()
+    plain = objective()(model, batch, 3)
+    sigma = model.calls[0]["timestep"] / 1000
+    errors = [float(objective()(Toy(), make_batch([i]), 3).loss_sum.detach()) for i in range(6)]
+    by_clip = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 1.0])
+    snr = MinSNR(5.0)(sigma)
+    for weight, of_clip in ((None, by_clip), (MinSNR(5.0), None), (MinSNR(5.0), by_clip)):
+        batch.loss_weight = of_clip
+        output = objective(weight=weight)(Toy(), batch, 3)
+        factor = (snr if weight else torch.ones(6)) * (torch.ones(6) if of_clip is None else of_clip)
+        expected = sum(f * e for f, e in zip(factor.tolist(), errors, strict=True))
+        assert float(output.loss_sum.detach()) == pytest.approx(expected, rel=1e-5)
+        assert float(output.metrics["weighted_loss"]) == pytest.approx(expected, rel=1e-5)
+        assert output.metrics["loss"] == plain.metrics["loss"]
+    assert "weighted_loss" not in plain.metrics
+
+
+def test_tallies_are_of_the_errors_and_levels_that_were_trained():
+    batch, model = make_batch(range(12)), Toy()
+    batch.motion[3] = math.nan
+    output = objective()(model, batch, 5)
+    errors = torch.stack([objective()(Toy(), make_batch([i]), 5).loss_sum.detach() for i in range(12)])
+    expected = quality_tallies(errors, model.calls[0]["timestep"] / 1000, batch.motion, batch.visual)
+    assert output.tallies.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(output.tallies[name], value)
+    assert float(output.tallies["sigma_counts"].sum()) == 12
+    assert float(output.tallies["sigma_counts"][-1].sum()) == 1
 
 
 def test_bf16_latents_meet_the_model_in_bf16_and_the_loss_in_fp32():

@@ -35,6 +35,7 @@ def test_the_ring_is_outermost_among_the_sequence_ranks() -> None:
         assert (mesh.sp_rank, mesh.tp_rank, mesh.ulysses) == (place * ulysses + u, t, ulysses)
     assert mesh.describe() == "24 ranks = dp 2 x sp 6 (ring 2 x ulysses 3) x tp 2"
     assert Mesh(sp=4).describe() == "4 ranks = dp 1 x sp 4 x tp 1"
+    assert Mesh(sp=2, tp=2, sequence_norms=True).describe() == "4 ranks = dp 1 x sp 2 x tp 2 (sequence norms)"
 
 
 @pytest.mark.parametrize(("sp", "ring", "advice"), [(4, 3, "parallel.sp=4 parallel.ring=4"), (1, 2, "parallel.sp=1")])
@@ -81,7 +82,8 @@ def test_impossible_layouts_name_fields_and_neighbours(
 
 @pytest.mark.parametrize(
     "change", [{"sp": 0}, {"tp": -1}, {"ring": 0}, {"zero_stage": 0}, {"offload": "disk"}, {"recompute": "some"},
-               {"offload": "all", "zero_stage": 2}]
+               {"offload": "all", "zero_stage": 2}, {"exchange": "later"}, {"sequence_norms": True},
+               {"sequence_norms": True, "sp": 4}]
 )  # fmt: skip
 def test_settings_out_of_range_name_their_key(change: dict[str, object]) -> None:
     with pytest.raises(UserError) as error:

@@ -15,6 +15,7 @@ from contentv.parallel.traffic import (
     head_counts,
     head_overhead,
     ring_bytes,
+    sequence_norms_bytes,
 )
 
 TOKENS = TokenCounts(video=41_472, text=333)
@@ -37,6 +38,15 @@ def test_tensor_ranks_of_a_whole_model() -> None:
         last_text = 3 * -(-TOKENS.text // sp) * config.inner_dim * 4
         norms = 4 * config.num_layers * 64 * 4
         assert config.num_layers * all_reduce_bytes(TOKENS, config.inner_dim, sp, tp, 4) == counted + last_text - norms
+
+
+def test_sequence_norms() -> None:
+    config = MMDiTConfig()
+    for sp, tp in ((1, 2), (4, 2), (2, 4)):
+        counted = counting.model_formula(config, TOKENS, 1, Mesh(sp=sp, tp=tp, sequence_norms=True))
+        last_text = 3 * counting.part_size(TOKENS.text, sp, tp) * config.inner_dim * 4
+        ours = config.num_layers * sequence_norms_bytes(TOKENS, config.inner_dim, sp, tp, 4)
+        assert ours == counted["reduce_scatter"] + last_text
 
 
 def test_heads() -> None:

@@ -93,7 +93,7 @@ def make_batch(global_samples: int = 4) -> Batch:
 
 def objective(model: Any, batch: Batch, step: int) -> LossOutput:
     metrics = {"q1_sum": torch.tensor(6.0), "q1_count": torch.tensor(3.0), "sigma_sum": torch.tensor(1.0)}
-    return LossOutput(torch.tensor(2.0), 2, metrics)
+    return LossOutput(torch.tensor(2.0), 2, metrics, {"cells": torch.tensor([[1.0, 2.0], [0.0, step]])})
 
 
 def train(events: list[Any], config: LoopConfig, skipped: bool = False, fetch: Any = None) -> tuple[Progress, Recorder]:
@@ -127,6 +127,14 @@ def test_rows_are_means_over_the_global_batch() -> None:
     assert row["tokens_seen"] == 80
     assert row["mfu"] is None
     assert row["quarantined"] == 3
+
+
+def test_tallies_add_up_over_all_steps_since_the_last_row() -> None:
+    _, recorder = train([], LoopConfig(max_steps=5, global_batch_size=4, log_every=2))
+    assert [row["step"] for row in recorder.rows] == [2, 4, 5]
+    assert [row["cells"] for row in recorder.rows] == [  # two micro-batches a step; steps 0, 1 | 2, 3 | 4
+        [[4.0, 8.0], [0.0, 2.0]], [[4.0, 8.0], [0.0, 10.0]], [[2.0, 4.0], [0.0, 8.0]],
+    ]  # fmt: skip
 
 
 def test_steps_count_the_clips_that_they_have() -> None:

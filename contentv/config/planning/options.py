@@ -43,6 +43,7 @@ class ClusterConfig:
     overhead_ms: float = _doc(0.0, "time of a layer and micro-batch that depends on no size, in milliseconds, >= 0")
     memory_gb_s: float = _doc(3350.0, "bandwidth of the device's memory, > 0")
     intra_gb_s: float = _doc(450.0, "to the devices of the same machine, > 0")
+    exchange_gb_s: float | None = _doc(None, "the same where each sends to all (Ulysses), > 0; null = as intra_gb_s")
     inter_gb_s: float = _doc(50.0, "to other machines, > 0")
     link_efficiency: float = _doc(0.7, "share of those two that collectives reach (assumed), above 0, to 1")
     overlap: float = _doc(0.8, "share of the layers' time that ZeRO's communication can hide behind (assumed), 0..1")
@@ -66,6 +67,8 @@ class ClusterConfig:
             _require(0 <= getattr(self, key) <= 1, f"cluster.{key}", getattr(self, key), "use a share between 0 and 1")
         for key in ("context_gib", "host_memory_gib", "overhead_ms"):
             _require(getattr(self, key) >= 0, f"cluster.{key}", getattr(self, key), "use 0 or more")
+        exchange = self.exchange_gb_s
+        _require(exchange is None or exchange > 0, "cluster.exchange_gb_s", exchange, "use a positive number, or null")
         price = self.price_per_device_hour
         _require(price is None or price >= 0, "cluster.price_per_device_hour", price, "use 0 or more, or null")
 
@@ -77,6 +80,11 @@ class ClusterConfig:
     def peak_flops(self, precision: str) -> float:
         """Returns the peak of one device, operations a second, in bf16 or fp32."""
         return 1e12 * (self.peak_tflops if precision == "bf16" else self.peak_tflops_fp32)
+
+    @property
+    def exchange_bandwidth(self) -> float:
+        """What an all-to-all inside a machine has, in 1e9 bytes a second."""
+        return self.intra_gb_s if self.exchange_gb_s is None else self.exchange_gb_s
 
     @property
     def usable_bytes(self) -> int:
@@ -93,9 +101,15 @@ class LayoutWish:
     zero_stage: int | None = _doc(None, "1 | 2 | 3; null = the best")
     offload: str | None = _doc(None, "none | optimizer | all; null = the best")
     recompute: str | None = _doc(None, "none | selective | full; null = the best")
+    ring: int | None = _doc(None, "places of the ring among the sp ranks; null = the best")
+    sequence_norms: bool | None = _doc(None, "tensor ranks share the tokens between the layers; null = where it helps")
+    offload_activations: bool | None = _doc(
+        None, "what recomputed layers keep waits in host memory; null = where it helps"
+    )
+    hpz: int | None = _doc(None, "neighbours with a second copy of the weights (ZeRO-3); null = where it helps")
 
     def __post_init__(self) -> None:
-        for key in ("sp", "tp"):
+        for key in ("sp", "tp", "ring", "hpz"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"parallel.{key}", value, "use 1 or more, or null for the best")
         for key, allowed in (("zero_stage", ZERO_STAGES), ("offload", OFFLOADS), ("recompute", RECOMPUTES)):

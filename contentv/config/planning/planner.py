@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from contentv.base.errors import UserError
 from contentv.base.types import Bucket, TokenCounts
+from contentv.config.planning.advice import neighbours, remedies, what_binds
 from contentv.config.planning.calibration import Calibration
-from contentv.config.planning.memory import Job
-from contentv.config.planning.options import ClusterConfig
-from contentv.config.planning.search import Candidate, Clip, Problem, best, neighbours, remedies, what_binds
-from contentv.config.planning.speed import Rollout
+from contentv.config.planning.layout import Job
+from contentv.config.planning.links import Passes
+from contentv.config.planning.options import GIB, ClusterConfig
+from contentv.config.planning.search import Candidate, Clip, Problem, best
 from contentv.data import DatasetInfo
 from contentv.models.cost import parameter_count
 from contentv.models.lora_config import adapted_layers
@@ -86,15 +87,19 @@ def _frame_bytes(name: str) -> int:
     return FRAME_BYTES_PER_PIXEL * bucket.height * bucket.width
 
 
-def job_of(root: PlanRoot) -> tuple[Job, Rollout]:
-    """Returns what is trained, and the passes of RLHF's rollout."""
+def job_of(root: PlanRoot) -> tuple[Job, Passes]:
+    """Returns what is trained, and the model's passes: RLHF's rollout has more than one."""
     trained = 0
     if root.lora.rank:
         layers = adapted_layers(root.lora, root.model)
         trained = root.lora.rank * sum(a + b for a, b in layers.values())
-    job = Job(root.model, root.train.precision, root.optim.ema_decay > 0, root.cluster.device, trained)
+    cluster = root.cluster
+    memory = 0 if cluster.device == "cpu" else int(cluster.memory_gib * GIB)
+    job = Job(
+        root.model, root.train.precision, root.optim.ema_decay > 0, cluster.device, trained, memory_bytes=memory
+    )  # fmt: skip
     if root.stage.objective != "reward":
-        return job, Rollout()
+        return job, Passes()
     reward = root.reward
     branches = 1 if reward.guidance_scale == 1 else 2
     graded = branches * reward.grad_steps + (1 if reward.flow_weight > 0 else 0)
@@ -102,19 +107,19 @@ def job_of(root: PlanRoot) -> tuple[Job, Rollout]:
     job = replace(
         job, resident_bytes=VAE_BYTES + REWARD_BYTES, reference=reward.kl_weight > 0 and not trained, graded=graded
     )
-    return job, Rollout(forward, graded)
+    return job, Passes(forward, graded)
 
 
 def problem_of(root: PlanRoot) -> tuple[Problem, Calibration | None]:
     """Returns everything that is given, at measured rates where there is a calibration."""
-    job, rollout = job_of(root)
+    job, passes = job_of(root)
     cluster, factor, calibration = root.cluster, 1.0, None
     if root.calibration:
         calibration = Calibration.read(Path(root.calibration))
         cluster, factor = calibration.applied(cluster, root.train.precision), calibration.memory_factor
     problem = Problem(
         cluster, job, clips_of(root), root.train.global_batch_size, root.train.micro_batch_size, root.parallel,
-        rollout, factor,
+        passes, factor,
     )  # fmt: skip
     return problem, calibration
 

@@ -1,23 +1,25 @@
-"""The fastest layout that is legal and fits, what binds it, and why the layouts next to it lose."""
+"""The fastest layout that is legal and fits: all plain ones are weighed, and of the rest those that can be better."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from contentv.base.errors import UserError
 from contentv.base.types import TokenCounts
-from contentv.config.planning.memory import Job, Layout, Memory, device_memory
+from contentv.config.planning.layout import Job, Layout, head_padding
+from contentv.config.planning.links import Passes
+from contentv.config.planning.memory import Memory, device_memory
 from contentv.config.planning.options import GIB, ClusterConfig, LayoutWish
-from contentv.config.planning.speed import Rollout, StepTime, step_time
+from contentv.config.planning.speed import StepTime, step_time
 from contentv.parallel.mesh import OFFLOADS, RECOMPUTES, ZERO_STAGES, check_layout, legal_layouts
 
 MOST_MICRO_BATCH = 64
-AS_FAST = 1.01  # layouts within 1 % are equally fast: the formulas are no better
+AS_FAST = 1.03  # layouts within 3 % are equally fast: the formulas are no better
 ENOUGH_ROWS = 4096  # tokens of a micro-batch on a rank: with fewer, matrix products lose speed that is not modelled
-FREE = 1.02  # a limit binds when without it the step would be at least 2 % faster
-TALKING = 0.2  # share of the step from which communication is said to bind
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Problem:
     batch: int
     micro_batch: int = 0
     wish: LayoutWish = field(default_factory=LayoutWish)
-    rollout: Rollout = Rollout()
+    passes: Passes = Passes()
     memory_factor: float = 1.0
 
     def only(self, clip: Clip) -> Problem:
@@ -70,7 +72,7 @@ def why_not(problem: Problem, layout: Layout) -> str:
     """Returns what keeps a layout from running with today's code, or nothing."""
     cluster, batch = problem.cluster, problem.batch
     try:
-        check_layout(problem.job.model.num_attention_heads, cluster.world, layout.sp, layout.tp)
+        check_layout(problem.job.model.num_attention_heads, cluster.world, layout.sp, layout.tp, layout.ring)
         layout.parallel()
     except UserError as error:
         return error.what
@@ -81,19 +83,16 @@ def why_not(problem: Problem, layout: Layout) -> str:
         return f"{batch // dp} clips per rank do not divide into micro-batches of {layout.micro_batch}"
     if layout.sp > min(clip.tokens.video for clip in problem.clips):
         return f"more sequence ranks than tokens ({layout.sp})"
-    if layout.recompute == "selective" and layout.zero_stage == 3:
-        # torch's selective checkpoint counts the operators of a layer, and DeepSpeed's hooks add other ones the second
-        # time: it raises in the first backward pass (tests/config/test_planning.py watches for that to change).
-        return "selective recompute does not run under ZeRO-3 yet"
+    if dp * layout.sp % layout.hpz:
+        return f"{layout.hpz} neighbours do not divide {dp * layout.sp} ranks (dp {dp} x sp {layout.sp})"
     if problem.job.trained and layout.tp > 1:
         return "tensor parallelism cannot train a part of the weights"
     return ""
 
 
 def layouts(problem: Problem) -> Iterator[Layout]:
-    """Yields every legal layout that the wish allows."""
+    """Yields every legal layout that the wish allows; what costs time to save memory is off unless it is wished."""
     wish, world = problem.wish, problem.cluster.world
-    offloads = OFFLOADS if problem.cluster.device != "cpu" else ("none",)
     for sp, tp in legal_layouts(problem.job.model.num_attention_heads, world):
         if wish.sp not in (None, sp) or wish.tp not in (None, tp) or problem.batch % (world // (sp * tp)):
             continue
@@ -103,15 +102,60 @@ def layouts(problem: Problem) -> Iterator[Layout]:
         micros = [m for m in range(1, min(local, MOST_MICRO_BATCH) + 1) if local % m == 0]
         if problem.micro_batch:
             micros = [problem.micro_batch]
-        for stage, offload, recompute, micro in itertools.product(
+        for ring, stage, recompute, micro in itertools.product(
+            _rings(problem, sp, tp),
             (wish.zero_stage,) if wish.zero_stage else ZERO_STAGES,
-            (wish.offload,) if wish.offload else offloads,
             (wish.recompute,) if wish.recompute else RECOMPUTES,
             micros,
         ):
-            layout = Layout(sp, tp, stage, offload, recompute, micro)
-            if (offload != "all" or stage == 3) and not why_not(problem, layout):
+            layout = Layout(
+                sp, tp, stage, wish.offload or "none", recompute, micro, ring, bool(wish.sequence_norms),
+                bool(wish.offload_activations), wish.hpz or 1,
+            )  # fmt: skip
+            if not why_not(problem, layout):
                 yield layout
+
+
+def _rings(problem: Problem, sp: int, tp: int) -> list[int]:
+    """Returns no ring, the smallest that pads the fewest heads, and the smallest whose places lie in one machine."""
+    if problem.wish.ring is not None:
+        return [problem.wish.ring]
+    rings = [ring for ring in range(1, sp + 1) if sp % ring == 0]
+    fewest = min(rings, key=lambda ring: (head_padding(problem.job.model, Layout(sp, tp, ring=ring)), ring))
+    inside = next((ring for ring in rings if sp // ring * tp <= problem.cluster.devices_per_node), sp)
+    return sorted({1, fewest, inside})
+
+
+def relieved(problem: Problem, here: Layout) -> Iterator[Layout]:
+    """Yields a layout with one more means of saving memory, each of which costs time: a set of them comes up once."""
+    wish = problem.wish
+    if wish.sequence_norms is None and here.tp > 1 and not here.sequence_norms:
+        yield replace(here, sequence_norms=True)  # which costs nothing: all others build on it
+        return
+    if problem.cluster.device == "cpu":
+        return  # its memory is the host's
+    moved = here.offload_activations or here.offload != "none"
+    if wish.offload_activations is None and here.recompute != "none" and not moved:
+        yield replace(here, offload_activations=True)
+    if wish.offload is None and here.offload == "none":
+        yield replace(here, offload="optimizer")
+    elif wish.offload is None and here.offload == "optimizer" and here.zero_stage == 3:
+        yield replace(here, offload="all")
+
+
+def hastened(problem: Problem, candidate: Candidate) -> Iterator[Layout]:
+    """Yields a layout whose weights come from the same machine in the backward pass, where they are waited for."""
+    here, near = candidate.layout, node_ranks(problem.cluster, candidate.layout)
+    waits = any(time.parts["ZeRO, not hidden"] > 0 for time in candidate.times)
+    if problem.wish.hpz is None and here.hpz == 1 < near and here.zero_stage == 3 and waits:
+        layout = replace(here, hpz=near)
+        if not why_not(problem, layout):
+            yield layout
+
+
+def node_ranks(cluster: ClusterConfig, layout: Layout) -> int:
+    """Returns how many of the ranks that ZeRO divides weights over lie in one machine of several; else 1."""
+    return max(1, cluster.devices_per_node // layout.tp) if cluster.nodes > 1 else 1
 
 
 def evaluate(problem: Problem, layout: Layout) -> Candidate:
@@ -123,7 +167,7 @@ def evaluate(problem: Problem, layout: Layout) -> Candidate:
     for clip in problem.clips:
         own = replace(job, frame_bytes=clip.frame_bytes)
         memories.append(device_memory(own, layout, dp, clip.tokens, accumulation))
-        times.append(step_time(cluster, job, layout, dp, clip.tokens, accumulation, problem.rollout))
+        times.append(step_time(cluster, job, layout, dp, clip.tokens, accumulation, problem.passes))
     memory = max(memories, key=lambda m: m.total)
     shares = sum(clip.share for clip in problem.clips)
     seconds = sum(clip.share * time.total for clip, time in zip(problem.clips, times, strict=True)) / shares
@@ -147,12 +191,25 @@ def best(problem: Problem) -> tuple[Candidate | None, Candidate | None, Candidat
     Raises:
         UserError: no layout is legal.
     """
-    found = [evaluate(problem, layout) for layout in layouts(problem)]
-    if not found:
+    plain = [evaluate(problem, layout) for layout in layouts(problem)]
+    if not plain:
         raise UserError(
             _nothing_legal(problem), where="parallel.*, train.global_batch_size, train.micro_batch_size",
             remedy="leave some of the parallel.* keys out, or choose a batch that divides",
         )  # fmt: skip
+    plain += [evaluate(problem, layout) for candidate in plain for layout in hastened(problem, candidate)]
+    waiting = [(candidate.seconds, index, candidate) for index, candidate in enumerate(plain)]
+    heapq.heapify(waiting)
+    found, limit, index = [], math.inf, len(waiting)
+    while waiting:  # the fastest first: a means of saving memory makes none faster, so slower ones need none
+        seconds, _, candidate = heapq.heappop(waiting)
+        found.append(candidate)
+        if candidate.fits:
+            limit = min(limit, AS_FAST * seconds)
+        elif seconds <= limit:
+            for other in (evaluate(problem, layout) for layout in relieved(problem, candidate.layout)):
+                index += 1
+                heapq.heappush(waiting, (other.seconds, index, other))
     fitting = [candidate for candidate in found if candidate.fits]
     smallest = min(found, key=lambda c: (c.excess, c.seconds))
     return (_choose(problem, fitting) if fitting else None), _choose(problem, found), smallest
@@ -162,7 +219,8 @@ def _nothing_legal(problem: Problem) -> str:
     wish = problem.wish
     layout = Layout(
         wish.sp or 1, wish.tp or 1, wish.zero_stage or 3, wish.offload or "none", wish.recompute or "full",
-        problem.micro_batch or 1,
+        problem.micro_batch or 1, wish.ring or 1, bool(wish.sequence_norms), bool(wish.offload_activations),
+        wish.hpz or 1,
     )  # fmt: skip
     return why_not(problem, layout) or "no layout is possible with these keys"
 
@@ -175,108 +233,8 @@ def _choose(problem: Problem, found: Sequence[Candidate]) -> Candidate:
 
     def order(c: Candidate) -> tuple[float | int, ...]:
         rows = min(ENOUGH_ROWS, c.layout.micro_batch * smallest // c.layout.sp)
-        return -rows, c.layout.sp * c.layout.tp, OFFLOADS.index(c.layout.offload), c.memory.total, c.seconds
+        here = c.layout
+        moved = OFFLOADS.index(here.offload) + here.offload_activations
+        return -rows, here.sp * here.tp, here.ring, moved, here.hpz, c.memory.total, c.seconds
 
     return min(fast, key=order)
-
-
-def what_binds(problem: Problem, chosen: Candidate, unlimited: Candidate) -> str:
-    """Returns what the chosen layout is limited by, in words."""
-    if unlimited.seconds * FREE < chosen.seconds:
-        gain = chosen.seconds / unlimited.seconds - 1
-        lacking = unlimited.excess / GIB
-        faster = f"with {lacking:.1f} GiB more a device, a step would be {gain:.0%} faster"
-        return f"memory: {faster} ({unlimited.layout.words()})"
-    total = sum(time.total for time in chosen.times)
-    talking = sum(time.communication for time in chosen.times) / total
-    if talking >= TALKING:
-        return f"communication: {talking:.0%} of the step waits for other devices"
-    updating = sum(time.parts["optimiser"] for time in chosen.times) / total
-    if updating >= TALKING:
-        return f"the optimiser: {updating:.0%} of the step"
-    tokens = max(problem.clips, key=lambda clip: clip.tokens.video).tokens
-    scores = 4 * sum(tokens) * problem.job.model.inner_dim / (24 * problem.job.model.inner_dim**2)
-    return f"compute: attention is {scores / (1 + scores):.0%} of the layers' operations"
-
-
-def neighbours(problem: Problem, chosen: Candidate) -> list[dict[str, str]]:
-    """Returns why each layout that differs in one key loses: illegal, too large, or slower by how much."""
-    here = chosen.layout
-    rows = []
-    for name, there in _steps(here):
-        if there.offload != "none" and problem.cluster.device == "cpu":
-            continue
-        reason = why_not(problem, there)
-        if not reason:
-            other = evaluate(problem, there)
-            if not other.fits:
-                reason = f"lacks {_lacking(problem, other)}"
-            else:
-                change = other.seconds / chosen.seconds - 1
-                free = (chosen.memory.total - other.memory.total) / GIB
-                reason = f"{change:+.0%} time, {-free:+.1f} GiB"
-        rows.append({"change": name, "verdict": reason})
-    return rows
-
-
-def _lacking(problem: Problem, candidate: Candidate) -> str:
-    """Returns how much is lacking, and where."""
-    on_device = int(problem.memory_factor * candidate.memory.total) > problem.cluster.usable_bytes
-    return f"{candidate.excess / GIB:.1f} GiB " + ("a device" if on_device else "of host memory for each device")
-
-
-def _steps(here: Layout) -> Iterator[tuple[str, Layout]]:
-    for key in ("sp", "tp", "micro_batch"):
-        value = getattr(here, key)
-        for other in sorted({value // 2, value * 2} - {0, value}):
-            yield f"{key}={other}", replace(here, **{key: other})
-    for stage in ZERO_STAGES:
-        if stage != here.zero_stage:
-            offload = "optimizer" if here.offload == "all" and stage != 3 else here.offload
-            yield f"zero_stage={stage}", replace(here, zero_stage=stage, offload=offload)
-    for recompute in RECOMPUTES:
-        if recompute != here.recompute:
-            yield f"recompute={recompute}", replace(here, recompute=recompute)
-    for offload in OFFLOADS:
-        if offload != here.offload:
-            yield f"offload={offload}", replace(here, offload=offload)
-
-
-def remedies(problem: Problem, smallest: Candidate) -> list[str]:
-    """Returns what would make a stage fit that does not, most helpful first, each tried."""
-    found = []
-    free = replace(problem, wish=LayoutWish(), micro_batch=0)
-    if problem.wish != LayoutWish() or problem.micro_batch:
-        other, _, _ = best(free)
-        if other is not None:
-            found.append(f"leave parallel.* and train.micro_batch_size to the plan: {other.layout.words()} fits")
-    for times in (2, 4, 8, 16, 32):
-        more = replace(problem.cluster, nodes=problem.cluster.nodes * times)
-        if problem.batch % more.world == 0:
-            other, _, _ = best(replace(free, cluster=more))
-            if other is not None:
-                found.append(f"{more.world} devices instead of {problem.cluster.world}: {other.layout.words()}")
-                break
-    largest = max(smallest.memory.parts, key=lambda name: smallest.memory.parts[name])
-    size = smallest.memory.parts[largest] / GIB
-    found.append(f"the largest part is: {largest}, {size:.1f} GiB; {KNOBS.get(largest, 'a smaller model')}")
-    if problem.job.ema:
-        other, _, _ = best(replace(free, job=replace(problem.job, ema=False)))
-        if other is not None:
-            found.append("without a moving average of the weights it fits: optim.ema_decay=0")
-    return found
-
-
-KNOBS = {
-    "activations kept": "fewer frames or pixels in the bucket, or more devices for sequence parallelism",
-    "working set of a layer": "fewer frames or pixels in the bucket, or more devices for sequence parallelism",
-    "weights": "more devices under parallel.zero_stage=3, or parallel.offload=all",
-    "gradients": "more devices under parallel.zero_stage=3",
-    "master weights fp32": "parallel.offload=optimizer, or more devices",
-    "Adam moments fp32": "parallel.offload=optimizer, more devices, or lora.rank=64",
-    "moving average fp32": "optim.ema_decay=0, or parallel.offload=optimizer",
-    "optimiser's temporary tensors": "parallel.offload=optimizer, more devices, or lora.rank=64",
-    "frozen models": "reward.kl_weight=0 drops the reference of RLHF",
-    "gathered weights": "more memory: DeepSpeed keeps up to 1e9 weights whole",
-    "gradient buckets": "more memory: buckets are 5e7 weights",
-}

@@ -48,16 +48,26 @@ def _layouts(plan: dict[str, Any], verdicts: list[dict[str, Any]]) -> Table:
         facts = verdict if verdict["fits"] else verdict["nearest"]
         layout = facts["layout"]
         memory = f"{facts['memory']['total_bytes'] / GIB:.1f} / {verdict['usable_bytes'] / GIB:.1f}"
-        offload = "" if layout["offload"] == "none" else f", offload {layout['offload']}"
         table.add_row(
             _title(verdict), tokens,
-            f"dp {layout['dp']} x sp {layout['sp']} x tp {layout['tp']}, ZeRO-{layout['zero_stage']}{offload}",
+            _words(layout),
             f"{layout['micro_batch']} x {layout['accumulation']}", layout["recompute"],
             memory if verdict["fits"] else f"[red]{memory}[/]", duration(facts["step_s"]),
             "-" if facts["mfu"] is None else f"{facts['mfu']:.1%}", f"{facts['clips_per_s']:.3g}",
             f"{facts['tokens_per_s']:,.0f}",
         )  # fmt: skip
     return table
+
+
+def _words(layout: dict[str, Any]) -> str:
+    """Returns a layout in words, such as `dp 8 x sp 4 (ring 2) x tp 1, ZeRO-3, offload optimizer`."""
+    ring = f" (ring {layout['ring']})" if layout["ring"] > 1 else ""
+    norms = " (sequence norms)" if layout["sequence_norms"] else ""
+    words = [f"dp {layout['dp']} x sp {layout['sp']}{ring} x tp {layout['tp']}{norms}", f"ZeRO-{layout['zero_stage']}"]
+    words += [f"hpz {layout['hpz']}"] if layout["hpz"] > 1 else []
+    moved = [layout["offload"]] if layout["offload"] != "none" else []
+    moved += ["activations"] if layout["offload_activations"] else []
+    return ", ".join([*words, *([f"offload {' and '.join(moved)}"] if moved else [])])
 
 
 def _memory(verdict: dict[str, Any]) -> Table:

@@ -1,0 +1,70 @@
+"""The runs of the study. Fixed by pilots on other seeds before the first of them was started; see README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from tqd_study.settings import Condition, Recipe, Run
+from tqd_study.sprites import World
+
+RECIPE = Recipe()
+SEEDS = (0, 1, 2, 3, 4)
+SWEEP_SEEDS = SEEDS[:3]
+CONTROL_SEEDS = SEEDS[:2]
+IMPERFECT = ("blurred", "static")
+
+MAIN = {
+    "golden": Condition(("golden",)),
+    "golden tqd": Condition(("golden",), "tqd", drop=True),
+    "mixed": Condition(IMPERFECT),
+    "mixed tqd": Condition(IMPERFECT, "tqd", drop=True),
+    "mixed levels only": Condition(IMPERFECT, "tqd"),
+    "mixed drop only": Condition(IMPERFECT, drop=True),
+    "mixed reversed": Condition(IMPERFECT, "tqd", swap=True, drop=True),
+}
+CONTROLS = {"blurred alone": Condition(("blurred",)), "static alone": Condition(("static",))}
+KAPPAS = (2.0, 4.0, 16.0, 32.0, 128.0)  # 8 is that of the main group
+DETAILS = (0.3, 1.2)  # beside the recipe's own
+NEITHER = {
+    "with neither": Condition((*IMPERFECT, "neither")),
+    "with neither drop only": Condition((*IMPERFECT, "neither"), drop=True),
+    "with neither tqd": Condition((*IMPERFECT, "neither"), "tqd", drop=True),
+}
+
+
+def kappa_name(kappa: float) -> str:
+    """Returns the name of the imperfect clips' TQD at a kappa_max."""
+    return "mixed tqd" if kappa == MAIN["mixed tqd"].kappa_max else f"mixed tqd kappa_max={kappa:g}"
+
+
+def detail_name(condition: str, detail: float) -> str:
+    """Returns the name of a condition in a world with another amplitude of detail."""
+    return condition if detail == RECIPE.world.detail else f"{condition} detail={detail:g}"
+
+
+def runs() -> dict[str, list[Run]]:
+    """Returns the runs of every condition by name, in the order in which they are made: what matters most first."""
+    routed = MAIN["mixed tqd"]
+    found = {name: _over(SEEDS, condition, gradients=name == "mixed") for name, condition in MAIN.items()}
+    found |= {name: _over(CONTROL_SEEDS, condition) for name, condition in CONTROLS.items()}
+    found |= {kappa_name(kappa): _over(SWEEP_SEEDS, replace(routed, kappa_max=kappa)) for kappa in KAPPAS}
+    for detail in DETAILS:
+        world = replace(RECIPE.world, detail=detail)
+        for name in ("golden", "mixed", "mixed tqd"):
+            found[detail_name(name, detail)] = _over(SWEEP_SEEDS, MAIN[name], world)
+    return found | {name: _over(SWEEP_SEEDS, condition) for name, condition in NEITHER.items()}
+
+
+def in_turn(by_name: Mapping[str, list[Run]]) -> list[tuple[str, Run]]:
+    """Returns all runs seed by seed, so that a study cut short has whole seeds of the first conditions."""
+    ranked = [(place, run.seed, name, run) for place, name in enumerate(by_name) for run in by_name[name]]
+    main = len(MAIN)
+    ranked.sort(key=lambda entry: (entry[0] >= main, entry[1], entry[0]))
+    return [(name, run) for _, _, name, run in ranked]
+
+
+def _over(
+    seeds: tuple[int, ...], condition: Condition, world: World = RECIPE.world, gradients: bool = False
+) -> list[Run]:
+    return [Run(replace(RECIPE, world=world), condition, seed, gradients) for seed in seeds]

@@ -1,0 +1,93 @@
+"""Makes the runs that have no row yet, each in a process of its own with one thread, and appends their rows."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import RESULTS, ROOT, append_rows, provenance
+
+from tqd_study.design import in_turn, runs
+from tqd_study.evaluation import evaluate
+from tqd_study.settings import Run
+from tqd_study.training import train
+
+KIND = "tqd-study"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns the study's rows, of all days and machines."""
+    found = []
+    for path in sorted(folder.glob(f"*_{KIND}.jsonl")):
+        found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return found
+
+
+def missing(folder: Path) -> list[tuple[str, Run]]:
+    """Returns the runs of the design that have no row, in the order to make them."""
+    done = [row["settings"] for row in rows_of(folder)]
+    return [(name, run) for name, run in in_turn(runs()) if run.settings() not in done]
+
+
+def row_of(name: str, run: Run) -> dict[str, Any]:
+    """Makes a run in this process and returns its row."""
+    torch.set_num_threads(1)
+    model, told = train(run, say=lambda line: print(f"{name}, seed {run.seed}: {line}", file=sys.stderr, flush=True))
+    return {
+        "benchmark": KIND, "name": name, "settings": run.settings(), **told, **evaluate(run, model),
+        **provenance(torch.device("cpu")), "sources": sources_digest(),
+    }  # fmt: skip
+
+
+def sources_digest() -> str:
+    """Returns a digest of the code that a run's numbers follow from: the library's and the study's."""
+    digest = hashlib.sha256()
+    for folder in ("contentv", "kernels/contentv_kernels", "benchmarks/tqd_study"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def make(place: int, folder: Path, left: int) -> None:
+    """Makes one run in a process of its own and appends its row; raises if it fails."""
+    name, run = in_turn(runs())[place]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "row.json"
+        command = [sys.executable, str(Path(__file__).parent), "--one", str(place), "--out", str(out)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        append_rows([json.loads(out.read_text(encoding="utf-8"))], KIND, torch.device("cpu"), folder)
+    print(f"{name}, seed {run.seed}: done in {time.monotonic() - start:.0f} s, {left} to start", flush=True)
+
+
+def main() -> None:
+    """Makes all missing runs, or one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--list", action="store_true", help="show what is missing and make nothing")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # place of a run in the design: make it here
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one is not None:
+        row = row_of(*in_turn(runs())[arguments.one])
+        arguments.out.write_text(json.dumps(row), encoding="utf-8")
+        return
+    wanted, everything = missing(arguments.results), in_turn(runs())
+    print(f"{len(wanted)} of {len(everything)} runs are missing", flush=True)
+    if arguments.list:
+        print("\n".join(f"{name}, seed {run.seed}" for name, run in wanted))
+        return
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        left = range(len(wanted) - 1, -1, -1)
+        list(pool.map(make, map(everything.index, wanted), [arguments.results] * len(wanted), left))
