@@ -10,7 +10,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compile test-gpu parity bench bench-gpu lint type layers docs fmt ci clean
+.PHONY: help install demo test test-all test-compile test-gpu parity bench bench-gpu study-tqd lint type layers docs fmt ci clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ bench: $(STAMP) ## after `make demo`: its numbers, reuse, the loader, curation, 
 	$(BIN)/python benchmarks/score_meaning.py
 	$(BIN)/python benchmarks/plan_accuracy.py
 	$(BIN)/python benchmarks/tqd_cost.py
+
+study-tqd: $(STAMP) ## does routing clips by quality pay? 81 small trainings; goes on where it stopped -> docs/tqd.md
+	$(BIN)/python benchmarks/tqd_study --jobs $(JOBS)
 
 bench-gpu: ## kernels and a training step at the 8B width against diffusers -> benchmarks/results/
 	$(PYTHON) benchmarks/gpu_kernels.py

@@ -34,8 +34,8 @@ class Clips:
 def training_clips(recipe: Recipe, condition: Condition, seed: int) -> Clips:
     """Returns the clips of a condition, scored as the trainer scores them.
 
-    Raw scores are the measured speed and sharpness. They become percentile ranks within a corpus that holds as many
-    clips of each of the four kinds; the condition's clips are some of that corpus.
+    Raw scores are the measured speed and sharpness. They are scaled within a corpus that holds as many clips of each of
+    the four kinds; the condition's clips are some of that corpus.
     """
     each = recipe.clips // len(condition.sets)
     corpus = {kind: make_clips(recipe.world, kind, recipe.clips, seed) for kind in SETS}
@@ -43,7 +43,7 @@ def training_clips(recipe: Recipe, condition: Condition, seed: int) -> Clips:
         name: ScoreStatistics.fit(torch.cat([measure(clips) for clips in corpus.values()]).tolist())
         for name, measure in SCORES.items()
     }
-    normaliser = Normaliser({SOURCE: {}}, corpus=statistics)
+    normaliser = Normaliser({SOURCE: {}}, condition.scale, statistics)
     latents = torch.cat([corpus[kind][:each] for kind in condition.sets])
     motion, visual = (
         torch.from_numpy(normaliser.apply_many(SOURCE, name, measure(latents).double().numpy())).float()

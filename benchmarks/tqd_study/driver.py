@@ -70,24 +70,27 @@ def make(place: int, folder: Path, left: int) -> None:
     print(f"{name}, seed {run.seed}: done in {time.monotonic() - start:.0f} s, {left} to start", flush=True)
 
 
-def main() -> None:
-    """Makes all missing runs, or one of them."""
+def main() -> bool:
+    """Makes all missing runs, or one of them; returns whether the page is to be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--list", action="store_true", help="show what is missing and make nothing")
+    parser.add_argument("--page-only", action="store_true", help="make nothing, write tables and figures")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # place of a run in the design: make it here
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
         row = row_of(*in_turn(runs())[arguments.one])
         arguments.out.write_text(json.dumps(row), encoding="utf-8")
-        return
+        return False
     wanted, everything = missing(arguments.results), in_turn(runs())
     print(f"{len(wanted)} of {len(everything)} runs are missing", flush=True)
     if arguments.list:
         print("\n".join(f"{name}, seed {run.seed}" for name, run in wanted))
-        return
+    if arguments.list or arguments.page_only:
+        return bool(arguments.page_only)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         left = range(len(wanted) - 1, -1, -1)
         list(pool.map(make, map(everything.index, wanted), [arguments.results] * len(wanted), left))
+    return arguments.results == RESULTS

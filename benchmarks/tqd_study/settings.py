@@ -30,7 +30,7 @@ class Recipe:
     steps: int = 1600
     warmup_steps: int = 100
     batch: int = 16
-    lr: float = 2e-3
+    lr: float = 3e-3
     ema_decay: float = 0.99
     shift: float = 2.0
     layers: int = 3
@@ -52,6 +52,7 @@ class Condition:
         drop: in each epoch clips are kept with their keep probability.
         kappa_max: TQD's concentration at a gap of 1.
         floor: TQD's share of draws that the base law makes.
+        scale: how raw scores become scores in 0..1: quantile (ranks) or minmax.
     """
 
     sets: tuple[str, ...]
@@ -60,6 +61,7 @@ class Condition:
     drop: bool = False
     kappa_max: float = 8.0
     floor: float = 0.0
+    scale: str = "quantile"
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,6 @@ def _find(op: str, name: str) -> Impl:
     raise ValueError(f'{op}: implementation "{name}" is unknown; there are: {known}')
 
 
-@torch.compiler.assume_constant_result
 def _resolve(op: str, asked: str | None, forced: str | None, device: str, dtype: torch.dtype) -> str:
     """Returns the name of the implementation to run; torch.compile calls this while tracing and keeps the answer."""
     name = asked or forced
@@ -141,6 +140,11 @@ def _resolve(op: str, asked: str | None, forced: str | None, device: str, dtype:
             raise RuntimeError(f'{op}: implementation "{name}" cannot run on {device} with {dtype}: {reason}')
     _note(op, Choice(impl.name, device, str(dtype).removeprefix("torch."), by))
     return impl.name
+
+
+# What torch.compiler.assume_constant_result sets. Called here, it would import the compiler into every command: a
+# second and more. tests/kernels compile through it, and fail should the name change.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _first_usable(op: str, device: str, dtype: torch.dtype) -> tuple[Impl, str]:

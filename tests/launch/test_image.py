@@ -48,7 +48,8 @@ class CleanRoot:
         for name in ("python", "pip"):  # the base image has them under these names, and lets pip install
             (path / "usr/local/bin" / name).symlink_to(f"/usr/bin/{name}3")
         next((path / "usr/lib").glob("python3*/EXTERNALLY-MANAGED")).unlink()
-        shutil.copy("/etc/resolv.conf", path / "etc/resolv.conf")
+        for name in ("hosts", "resolv.conf"):  # an engine writes these
+            shutil.copy(f"/etc/{name}", path / "etc" / name)
         shutil.copy(CERTIFICATES, path / "etc/ssl/certs/ca-certificates.crt")
         (path / "wheels").mkdir()
 

@@ -90,8 +90,8 @@ import os, signal, subprocess, sys
 at = sys.argv.index("bash")
 print("srun", *sys.argv[1:at], flush=True)
 task = dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="16")
-step = subprocess.Popen(sys.argv[at:], env=os.environ | task, start_new_session=True)
 signal.signal(signal.SIGUSR1, lambda *_: os.killpg(step.pid, signal.SIGUSR1))
+step = subprocess.Popen(sys.argv[at:], env=os.environ | task, start_new_session=True)
 sys.exit(step.wait())
 """
 

@@ -1,0 +1,26 @@
+"""Writes the tables of the evidence in docs/tqd.md, and its figures, from the rows."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from measure import ROOT
+
+from contentv.config.figures import filled
+from tqd_study.figures import draw_all
+from tqd_study.summary import TABLES, Rows, rows_by_name
+
+PAGE = ROOT / "docs" / "tqd.md"
+
+
+def page(text: str, rows: Rows) -> str:
+    """Returns docs/tqd.md with the study's tables made anew."""
+    return filled(text, {name: partial(table, rows) for name, table in TABLES.items()})
+
+
+def write() -> None:
+    """Writes tables and figures."""
+    rows = rows_by_name()
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    for path in (PAGE, *draw_all(rows)):
+        print(path.relative_to(ROOT))
