@@ -31,6 +31,7 @@ NEITHER = {
     "with neither drop only": Condition((*IMPERFECT, "neither"), drop=True),
     "with neither tqd": Condition((*IMPERFECT, "neither"), "tqd", drop=True),
 }
+LONGER_STEPS = 2 * RECIPE.steps
 
 
 def kappa_name(kappa: float) -> str:
@@ -53,7 +54,11 @@ def runs() -> dict[str, list[Run]]:
         world = replace(RECIPE.world, detail=detail)
         for name in ("golden", "mixed", "mixed tqd"):
             found[detail_name(name, detail)] = _over(SWEEP_SEEDS, MAIN[name], world)
-    return found | {name: _over(SWEEP_SEEDS, condition) for name, condition in NEITHER.items()}
+    found |= {name: _over(SWEEP_SEEDS, condition) for name, condition in NEITHER.items()}
+    found["mixed tqd minmax"] = _over(SWEEP_SEEDS, replace(routed, scale="minmax"))
+    for name in ("golden", "mixed tqd"):
+        found[f"{name} longer"] = _over(SWEEP_SEEDS, MAIN[name], steps=LONGER_STEPS)
+    return found
 
 
 def in_turn(by_name: Mapping[str, list[Run]]) -> list[tuple[str, Run]]:
@@ -65,6 +70,11 @@ def in_turn(by_name: Mapping[str, list[Run]]) -> list[tuple[str, Run]]:
 
 
 def _over(
-    seeds: tuple[int, ...], condition: Condition, world: World = RECIPE.world, gradients: bool = False
+    seeds: tuple[int, ...],
+    condition: Condition,
+    world: World = RECIPE.world,
+    steps: int = RECIPE.steps,
+    gradients: bool = False,
 ) -> list[Run]:
-    return [Run(replace(RECIPE, world=world), condition, seed, gradients) for seed in seeds]
+    recipe = replace(RECIPE, world=world, steps=steps)
+    return [Run(recipe, condition, seed, gradients) for seed in seeds]

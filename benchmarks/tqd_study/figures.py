@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +30,22 @@ Points = Sequence[tuple[float, float]]
 def draw_all(rows: Rows, folder: Path = FOLDER) -> list[Path]:
     """Writes the figures that the rows are there for and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {
-        "tqd_scores.svg": scores_figure(rows), "tqd_golden_loss.svg": loss_figure(rows),
-        "tqd_kappa.svg": kappa_figure(rows), "tqd_gradients.svg": gradient_figure(rows),
-    }  # fmt: skip
     paths = []
-    for name, figure in found.items():
+    for name, (draw, _) in FIGURES.items():
+        figure = draw(rows)
         if figure is not None:
             paths.append(folder / name)
-            paths[-1].write_text(figure + "\n", encoding="utf-8")
-    if all(rows[name] for name in MAIN):
-        paths.append(folder / "tqd_clips.png")
-        clips_picture(rows).save(paths[-1], optimize=True)
+            if isinstance(figure, Image.Image):
+                figure.save(paths[-1], optimize=True)
+            else:
+                paths[-1].write_text(figure + "\n", encoding="utf-8")
     return paths
+
+
+def links(rows: Rows) -> str:
+    """Returns the figures that the rows are there for, as they are shown on the page."""
+    shown = [f"![{caption}](images/{name})" for name, (draw, caption) in FIGURES.items() if draw(rows) is not None]
+    return "\n\n".join(shown) or "No figures yet."
 
 
 def scores_figure(rows: Rows) -> Html | None:
@@ -143,8 +146,10 @@ def svg(body: Html, height: float) -> Html:
     return tag("svg", tag("style", Html(STYLE)), white, body, xmlns="http://www.w3.org/2000/svg", viewBox=box)
 
 
-def clips_picture(rows: Rows) -> Image.Image:
+def clips_picture(rows: Rows) -> Image.Image | None:
     """Returns the first generated clips of each condition, the first seed's, as pictures of place against time."""
+    if not all(rows[name] for name in MAIN):
+        return None
     world = runs()["golden"][0].recipe.world
     held_out = make_clips(world, "golden", SHOWN, HELD_OUT_SEED)[:, 0, :, world.rows // 2].numpy()
     shown = {"held-out golden clips": held_out}
@@ -162,3 +167,15 @@ def clips_picture(rows: Rows) -> Image.Image:
             )
             page.paste(picture, (TEXT + column * width, GAP + row * height))
     return page
+
+
+FIGURES: Mapping[str, tuple[Callable[[Rows], Html | Image.Image | None], str]] = {
+    "tqd_clips.png": (clips_picture, "Clips as place (across) against time (down): slanted = moving, striped = sharp"),
+    "tqd_scores.svg": (scores_figure, "Combined score of every seed, by condition"),
+    "tqd_golden_loss.svg": (
+        loss_figure,
+        "Loss on golden clips by sigma, over the golden model's",
+    ),
+    "tqd_kappa.svg": (kappa_figure, "Combined score by kappa_max, measured and by the closed form"),
+    "tqd_gradients.svg": (gradient_figure, "Cosines of golden clips' gradient with their degraded twins', by sigma"),
+}

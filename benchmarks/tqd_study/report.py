@@ -7,7 +7,7 @@ from functools import partial
 from measure import ROOT
 
 from contentv.config.figures import filled
-from tqd_study.figures import draw_all
+from tqd_study.figures import draw_all, links
 from tqd_study.summary import TABLES, Rows, rows_by_name
 
 PAGE = ROOT / "docs" / "tqd.md"
@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "tqd.md"
 
 def page(text: str, rows: Rows) -> str:
     """Returns docs/tqd.md with the study's tables made anew."""
-    return filled(text, {name: partial(table, rows) for name, table in TABLES.items()})
+    return filled(text, {name: partial(make, rows) for name, make in {**TABLES, "study figures": links}.items()})
 
 
 def write() -> None:

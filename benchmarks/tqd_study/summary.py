@@ -176,6 +176,22 @@ def kappa_table(rows: Rows) -> str:
     return "\n".join(lines) if len(lines) > 2 else NO_ROWS
 
 
+def share_table(rows: Rows) -> str:
+    """Returns how much of the golden combined score routed imperfect clips reach, by what is changed about the run."""
+    lines = ["| changed | golden-like clips | share of golden's combined score |", "|---|---|---|"]
+    changes = {"nothing": ("mixed tqd", "golden")}
+    changes |= {f"kappa_max {kappa:g}": (kappa_name(kappa), "golden") for kappa in KAPPAS if kappa > 8}
+    changes |= {f"detail {d:g}": (detail_name("mixed tqd", d), detail_name("golden", d)) for d in DETAILS}
+    changes["scores by minmax, not ranks"] = ("mixed tqd minmax", "golden")
+    changes["twice the steps, golden too"] = ("mixed tqd longer", "golden longer")
+    for change, (routed, golden) in changes.items():
+        share = paired(rows, routed, golden, Interval.of_ratio)
+        if share is not None:
+            like = Interval.of(list(values(rows, routed, "golden_like").values()))
+            lines.append(f"| {change} | {like} | {share} |")
+    return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+
+
 def detail_table(rows: Rows) -> str:
     """Returns scores by the amplitude of detail: the nearer to the blob's, the less are the scales apart."""
     lines = ["| blob / detail | golden | mixed | mixed tqd | gain | closed form's gain |", "|---|---|---|---|---|---|"]
@@ -194,6 +210,7 @@ NO_ROWS = "No rows yet: run `make study-tqd`."
 TABLES = {
     "study main": main_table,
     "study verdicts": verdict_table,
+    "study shares": share_table,
     "study kappa": kappa_table,
     "study detail": detail_table,
 }

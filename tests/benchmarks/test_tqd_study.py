@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from tqd_study import design, driver, evaluation, report, summary
+from tqd_study import design, driver, evaluation, figures, report, summary
 from tqd_study.clips import places, training_clips
 from tqd_study.intervals import Interval
 from tqd_study.measures import compare, sharpness_of, speed_of, wasserstein
@@ -146,3 +146,42 @@ def test_no_two_runs_are_alike_and_the_first_are_whole_seeds_of_the_main_conditi
 def test_the_page_has_the_tables_of_the_rows() -> None:
     text = report.PAGE.read_text(encoding="utf-8")
     assert report.page(text, summary.rows_by_name()) == text, "run `python benchmarks/tqd_study --page-only`"
+
+
+def fake_rows(scores: dict[str, float]) -> summary.Rows:
+    """Rows of the whole design whose combined scores are the given ones, or 0.5, and vary a little over the seeds."""
+
+    def row(name: str, seed: int) -> dict[str, object]:
+        score = scores.get(name, 0.5) + 0.001 * (seed % 2)
+        part = {"ratio": score, "score": score, "quantiles": [0.0] * 5}
+        cosines = {"visual": [0.1 * i for i in range(10)], "motion": [0.5 + 0.001 * seed] * 10, "ceiling": [0.9] * 10}
+        measured = {"speed": part, "sharpness": part, "presence": part, "combined": score, "golden_like": score}
+        losses = [0.1 + 0.1 * i for i in range(10)]
+        shown = [[[400] * 16] * 6] * evaluation.SHOWN
+        return {"measured": measured, "golden_loss": losses, "shown": shown, "gradients": cosines}
+
+    return {name: {run.seed: row(name, run.seed) for run in some} for name, some in design.runs().items()}
+
+
+def test_verdicts_follow_from_the_scores() -> None:
+    good = {"mixed tqd": 0.8, "golden": 0.85, "mixed reversed": 0.2, "mixed levels only": 0.7, "golden tqd": 0.85,
+            "mixed tqd kappa_max=32": 0.82, "with neither drop only": 0.55, "mixed tqd detail=0.3": 0.9}  # fmt: skip
+    found = [(claim[:2], holds) for claim, _, holds in summary.verdicts(fake_rows(good))]
+    assert [claim for claim, _ in found] == ["H1", "H2", "H3", "H4", "H4", "H5", "H6", "H7", "H8", "H9", "H9"]
+    assert [holds for _, holds in found] == [True] * 10 + [False]
+    bad = {**good, "mixed tqd": 0.5, "mixed tqd kappa_max=128": 0.9}
+    held = {claim[:2]: holds for claim, _, holds in summary.verdicts(fake_rows(bad))}
+    assert not held["H1"]
+    assert not held["H3"]
+    assert not held["H7"]
+
+
+def test_tables_and_figures_are_made_of_all_rows(tmp_path: Path) -> None:
+    rows = fake_rows({"mixed tqd": 0.8})
+    for name, table in summary.TABLES.items():
+        text = table(rows)
+        assert text != summary.NO_ROWS, name
+        assert len({line.count("|") for line in text.splitlines()}) == 1, name
+    assert {path.name for path in figures.draw_all(rows, tmp_path)} == set(figures.FIGURES)
+    assert (tmp_path / "tqd_scores.svg").read_text().count("<circle") == 5 * len(design.MAIN) + 2 * len(design.CONTROLS)
+    assert figures.links({name: {} for name in rows}) == "No figures yet."

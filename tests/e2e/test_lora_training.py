@@ -99,6 +99,7 @@ def test_one_process_trains_the_same(dataset: Path, run: Path) -> None:
         )
 
 
+@pytest.mark.slow  # test_end_to_end kills a run without a LoRA, which differs in what a checkpoint holds alone
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(dataset: Path, run: Path) -> None:
     out = dataset.parent / "lora_killed"
     process = subprocess.Popen(command(*training(dataset, "lora_killed"), nproc=2), env=ENV, start_new_session=True)
