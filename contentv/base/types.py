@@ -5,6 +5,7 @@ Letters: latents `b c t h w` on the latent grid, video `b c T H W` in pixels, te
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -27,6 +28,7 @@ class Bucket(NamedTuple):
         return f"f{self.frames}_h{self.height}_w{self.width}"
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # asked for every micro-batch
     def parse(cls, name: str) -> Bucket:
         """Returns the bucket written as `f<frames>_h<height>_w<width>`.
 

@@ -182,6 +182,8 @@ class WeightedOrder:
 
 def _draw(weights: Sequence[int], *key: object) -> int:
     """Returns a place drawn in proportion to whole-numbered weights."""
+    if len(weights) == 1:
+        return 0
     draw = keyed_below(sum(weights), *key)
     for place, weight in enumerate(weights):
         if draw < weight:

@@ -104,17 +104,17 @@ class Normaliser:
 
     def apply(self, source: str, name: str, raw: float | None) -> float:
         """Returns one score in [0, 1], NaN where the clip has none (`raw` None or NaN)."""
-        statistics = self.sources.get(source, {}).get(name)
-        if raw is not None and self.mode == "quantile" and raw == raw and statistics is not None and statistics.count:
-            return _rank_of(raw, statistics.knots)
+        if self.mode == "quantile" and raw is not None and raw == raw:
+            of_source = self.sources.get(source)
+            statistics = None if of_source is None else of_source.get(name)
+            if statistics is not None and statistics.count:
+                return _rank_of(raw, statistics.knots)
         return float(self.apply_many(source, name, np.array([math.nan if raw is None else raw]))[0])
 
     def scores(self, meta: Mapping[str, Any]) -> tuple[float, float]:
         """Returns (motion, visual) in [0, 1] of a clip's record, NaN where it has no score."""
-        source = str(meta.get("source", ""))
-        return self.apply(source, "motion_raw", meta.get("motion_raw")), self.apply(
-            source, "visual_raw", meta.get("visual_raw")
-        )
+        source, motion, visual = meta["source"], meta["motion_raw"], meta["visual_raw"]
+        return self.apply(source, "motion_raw", motion), self.apply(source, "visual_raw", visual)
 
     def apply_many(self, source: str, name: str, raw: NDArray[np.float64]) -> NDArray[np.float64]:
         """Returns scores in [0, 1] for clips of one source, NaN where `raw` is NaN.
@@ -238,12 +238,15 @@ def drifted(
 def _rank_of(value: float, knots: list[float]) -> float:
     """Returns what `_percentile_rank` returns, for one value and fifty times as fast."""
     levels = len(knots) - 1
-    first, last = bisect.bisect_left(knots, value), bisect.bisect_right(knots, value)
-    if last > first:
-        return min(max((first + last - 1) / 2 / levels, 0.0), 1.0)
-    below, above = min(max(first - 1, 0), levels), min(first, levels)
-    width = knots[above] - knots[below]
-    return min(max((below + ((value - knots[below]) / width if width > 0 else 0.0)) / levels, 0.0), 1.0)
+    first = bisect.bisect_left(knots, value)
+    if first > levels:
+        return 1.0
+    if knots[first] == value:
+        return (first + bisect.bisect_right(knots, value, first) - 1) / 2 / levels
+    if first == 0:
+        return 0.0
+    below = knots[first - 1]  # less than the value, which is less than the next knot
+    return (first - 1 + (value - below) / (knots[first] - below)) / levels
 
 
 def _percentile_rank(values: NDArray[np.float64], knots: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from contentv.data.permutation import Ids, Permutation, key64
 
 RATE_ONE = 1 << 20  # a keep rate of 1, as a whole number, so that what is drawn does not depend on rounding
 MAX_EMPTY_EPOCHS = 10_000
-_BLOCK = 4096  # places looked at together where samples are dropped
+_BLOCK = 4096  # places looked at together
 _CACHED_BLOCKS = 4
 
 
@@ -117,19 +117,12 @@ class SampleStream:
 
     def _next(self, cursor: Cursor, count: int) -> tuple[Ids, Cursor]:
         """Returns the samples that one look gives, perhaps none, and the place behind what was looked at."""
-        if self._keep is None:
-            last = min(cursor.offset + count, self.size)
-            numbers = self._numbers(cursor.epoch, cursor.offset, last)
-            return numbers, self._settled(cursor.epoch, last)
         block = cursor.offset // _BLOCK
         places, numbers = self._kept(cursor.epoch, block)
         first = int(np.searchsorted(places, cursor.offset))
         part = numbers[first : first + count]
         behind = int(places[first + count - 1]) + 1 if len(part) == count else (block + 1) * _BLOCK
-        return part, self._settled(cursor.epoch, behind)
-
-    def _settled(self, epoch: int, offset: int) -> Cursor:
-        return Cursor(epoch + 1, 0) if offset >= self.size else Cursor(epoch, offset)
+        return part, Cursor(cursor.epoch + 1, 0) if behind >= self.size else Cursor(cursor.epoch, behind)
 
     def _numbers(self, epoch: int, first: int, last: int) -> Ids:
         order = self._orders.get(epoch)
