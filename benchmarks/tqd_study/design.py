@@ -25,7 +25,7 @@ MAIN = {
 }
 CONTROLS = {"blurred alone": Condition(("blurred",)), "static alone": Condition(("static",))}
 KAPPAS = (2.0, 4.0, 16.0, 32.0, 128.0)  # 8 is that of the main group
-DETAILS = (0.3, 1.2)  # beside the recipe's own
+DETAILS = (0.6, 1.2)  # beside the recipe's own
 NEITHER = {
     "with neither": Condition((*IMPERFECT, "neither")),
     "with neither drop only": Condition((*IMPERFECT, "neither"), drop=True),

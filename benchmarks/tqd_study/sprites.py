@@ -38,7 +38,7 @@ class World:
     columns: int = 16
     frames: int = 6
     amplitude: float = 4.0
-    detail: float = 0.6
+    detail: float = 0.3
     size: tuple[float, float] = (1.2, 1.8)
     stripe: float = 8 / 3
     fast: tuple[float, float] = (1.0, 2.0)
