@@ -13,7 +13,6 @@ from pathlib import Path
 from contentv.base.errors import UserError
 from contentv.config.compose import load_config
 from contentv.config.schema import PipelineConfig, TrainRoot
-from contentv.parallel.mesh import ParallelConfig
 from contentv.train.pipeline import StageRun, local_launcher
 
 # Keys that change where or how a run is shown, not what it computes.
@@ -21,25 +20,28 @@ NOT_HASHED = ("out", "init", "logger", "wandb", "device")
 NOT_HASHED_LOOP = ("resume", "log_every", "checkpoint_every", "keep_checkpoints")
 NOT_HASHED_DATA = ("workers", "cache_dir", "cache_bytes", "retries", "retry_s", "timeout_s")
 # Keys that came later: left at their defaults, a run has the digest that it had before there were any.
-HASHED_IF_CHANGED = ("ring", "sequence_norms", "offload_activations", "hpz", "compile")  # of parallel
-HASHED_IF_SET = {"train": ("global_tokens",), "data": ("image_ratio", "source_weights", "source_max_epochs")}
+LATER = {
+    "parallel": ("ring", "sequence_norms", "offload_activations", "hpz", "compile"),
+    "train": ("global_tokens",),
+    "data": ("image_ratio", "source_weights", "source_max_epochs", "quality_weight", "quality_scope"),
+    "timestep": ("alpha", "beta", "levels", "missing", "loss_weight", "snr_gamma"),
+}
 
 
 def config_hash(root: TrainRoot) -> str:
     """Returns a digest of everything in a configuration that changes what a run computes."""
-    values, unchanged = {k: v for k, v in asdict(root).items() if k not in NOT_HASHED}, ParallelConfig()
+    values = {key: value for key, value in asdict(root).items() if key not in NOT_HASHED}
     if root.lora.rank == 0:  # a run of the whole model has the digest that it had before there were LoRAs
         del values["lora"]
-    for key in HASHED_IF_CHANGED:
-        if values["parallel"][key] == getattr(unchanged, key):
-            del values["parallel"][key]
     del values["parallel"]["exchange"]  # the same numbers, sent one after another or together
     for group, left_out in (("train", NOT_HASHED_LOOP), ("data", NOT_HASHED_DATA)):
-        values[group] = {
-            key: value
-            for key, value in values[group].items()
-            if key not in left_out and (value or key not in HASHED_IF_SET[group])
-        }
+        for key in left_out:
+            del values[group][key]
+    defaults = asdict(TrainRoot())
+    for group, keys in LATER.items():
+        for key in keys:
+            if values[group][key] == defaults[group][key]:
+                del values[group][key]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

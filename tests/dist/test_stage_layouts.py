@@ -92,7 +92,8 @@ def command(dataset: Path, model: str, stage: str, name: str) -> list[str]:
     if model == "small" and not before:
         init, accepts = Path("none"), "none"
     steps = RLHF_STEPS if stage == "rlhf" else STEPS
-    more = ["timestep=tqd"] if stage == "lowres_video" else []
+    # weights by score sum over data ranks
+    more = ["timestep=tqd", "data.quality_weight=true"] if stage == "lowres_video" else []
     if stage == "rlhf":
         more = [f"vae.path={ASSETS / 'vae'}", f"text.path={ASSETS / 'image_model'}", f"reward.path={ASSETS / 'reward'}",
                 "reward.steps=3", "reward.grad_steps=2"]  # fmt: skip
