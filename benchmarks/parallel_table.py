@@ -45,6 +45,15 @@ TESTS = (
 )  # fmt: skip
 PROCESSES = re.compile(r"(\d+) process(?:es)?, ")
 MODELS = ("tiny", "small")  # that tests of stages are run for, one by one
+FAMILIES = {  # what rows are summed up under, by what they say of themselves
+    "training, from losses to weights: models with 6, 19 and 38 heads, all ZeRO options": r"[^`]*\d+ steps?, fp32$",
+    "a stage of `tiny`, by command": "`tiny`, stage (?!rlhf)",
+    "a stage of `small`, by command": "`small`, stage (?!rlhf)",
+    "stage rlhf of either, by command": ".*stage rlhf",
+    "RLHF's loss and gradients, fp64": "rlhf's loss.*fp64$",
+    "attention forward and backward, fp64": ".*attention.*fp64$",
+    "bytes handed to collectives, off the formula by": "bytes a rank hands",
+}
 MARKERS = {"quick": "not slow", "slow": "slow", "all": "slow or not slow"}
 CLIP, DTYPE = Bucket(125, 432, 768), torch.bfloat16
 ULYSSES, TENSOR = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
@@ -120,6 +129,27 @@ def parity_table() -> str:
     return "\n".join(lines)
 
 
+def summary_table() -> str:
+    """Returns how many comparisons there are of each family and number of processes, and the worst error of each."""
+    rows = newest_rows()
+    counts = sorted({_processes(row["what"])[0] for row in rows})
+    head = ["what", *(f"{n} process{'es' * (n > 1)}" for n in counts), "at most"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for family, pattern in FAMILIES.items():
+        found: dict[int, list[dict[str, Any]]] = {n: [] for n in counts}
+        for row in rows:
+            count, what = _processes(row["what"])
+            if re.match(pattern, what):
+                found[count].append(row)
+        bounds = {shown(row["bound"]) for of_count in found.values() for row in of_count}
+        lines.append(_line([family, *(_worst(found[n]) for n in counts), ", ".join(sorted(bounds))]))
+    return "\n".join(lines)
+
+
+def _worst(rows: list[dict[str, Any]]) -> str:
+    return f"{len(rows)}: {shown(max(row['error'] for row in rows))}" if rows else "-"
+
+
 def newest_rows() -> list[dict[str, Any]]:
     """Returns the newest row of every comparison that is about layouts, in the order of the tests.
 
@@ -153,7 +183,8 @@ def _short(commit: str) -> str:
     return commit[:7] + ("+changes" if commit.endswith("+changes") else "")
 
 
-TABLES = {"heads": heads_table, "traffic": traffic_table, "memory": memory_table, "parity": parity_table}
+TABLES = {"heads": heads_table, "traffic": traffic_table, "memory": memory_table, "parity summary": summary_table,
+          "parity": parity_table}  # fmt: skip
 
 
 def measure(which: str) -> None:
