@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tqd_study.settings import Condition, Recipe, Run
-from tqd_study.sprites import World
 
 RECIPE = Recipe()
 SEEDS = (0, 1, 2, 3, 4)
@@ -32,6 +31,7 @@ NEITHER = {
     "with neither tqd": Condition((*IMPERFECT, "neither"), "tqd", drop=True),
 }
 LONGER_STEPS = 2 * RECIPE.steps
+WIDER_HEADS = 2 * RECIPE.heads  # added after the results: see README.md
 
 
 def kappa_name(kappa: float) -> str:
@@ -51,13 +51,15 @@ def runs() -> dict[str, list[Run]]:
     found |= {name: _over(CONTROL_SEEDS, condition) for name, condition in CONTROLS.items()}
     found |= {kappa_name(kappa): _over(SWEEP_SEEDS, replace(routed, kappa_max=kappa)) for kappa in KAPPAS}
     for detail in DETAILS:
-        world = replace(RECIPE.world, detail=detail)
+        recipe = replace(RECIPE, world=replace(RECIPE.world, detail=detail))
         for name in ("golden", "mixed", "mixed tqd"):
-            found[detail_name(name, detail)] = _over(SWEEP_SEEDS, MAIN[name], world)
+            found[detail_name(name, detail)] = _over(SWEEP_SEEDS, MAIN[name], recipe)
     found |= {name: _over(SWEEP_SEEDS, condition) for name, condition in NEITHER.items()}
     found["mixed tqd minmax"] = _over(SWEEP_SEEDS, replace(routed, scale="minmax"))
     for name in ("golden", "mixed tqd"):
-        found[f"{name} longer"] = _over(SWEEP_SEEDS, MAIN[name], steps=LONGER_STEPS)
+        found[f"{name} longer"] = _over(SWEEP_SEEDS, MAIN[name], replace(RECIPE, steps=LONGER_STEPS))
+    for name in ("golden", "mixed tqd"):
+        found[f"{name} wider"] = _over(SWEEP_SEEDS, MAIN[name], replace(RECIPE, heads=WIDER_HEADS))
     return found
 
 
@@ -69,12 +71,5 @@ def in_turn(by_name: Mapping[str, list[Run]]) -> list[tuple[str, Run]]:
     return [(name, run) for _, _, name, run in ranked]
 
 
-def _over(
-    seeds: tuple[int, ...],
-    condition: Condition,
-    world: World = RECIPE.world,
-    steps: int = RECIPE.steps,
-    gradients: bool = False,
-) -> list[Run]:
-    recipe = replace(RECIPE, world=world, steps=steps)
+def _over(seeds: tuple[int, ...], condition: Condition, recipe: Recipe = RECIPE, gradients: bool = False) -> list[Run]:
     return [Run(recipe, condition, seed, gradients) for seed in seeds]

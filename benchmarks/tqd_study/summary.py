@@ -184,6 +184,7 @@ def share_table(rows: Rows) -> str:
     changes |= {f"detail {d:g}": (detail_name("mixed tqd", d), detail_name("golden", d)) for d in DETAILS}
     changes["scores by minmax, not ranks"] = ("mixed tqd minmax", "golden")
     changes["twice the steps, golden too"] = ("mixed tqd longer", "golden longer")
+    changes["twice the width, golden too"] = ("mixed tqd wider", "golden wider")
     for change, (routed, golden) in changes.items():
         share = paired(rows, routed, golden, Interval.of_ratio)
         if share is not None:
