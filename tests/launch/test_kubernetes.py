@@ -120,7 +120,8 @@ RANK = """
 import os, torch.distributed as dist
 dist.init_process_group("gloo")
 names = "RANK LOCAL_RANK WORLD_SIZE GROUP_RANK OMP_NUM_THREADS"
-print(*(os.environ[name] for name in names.split()), flush=True)
+line = " ".join(os.environ[name] for name in names.split()) + "\\n"
+os.write(1, line.encode())  # in one piece: the ranks of a pod share its output, and print writes word by word
 dist.barrier()
 """
 
