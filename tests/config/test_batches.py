@@ -62,7 +62,7 @@ def test_the_keys_of_mixing_are_typed_and_checked() -> None:
 def test_later_keys_leave_the_digest_of_earlier_runs_alone() -> None:
     base = ["data.path=a"]
     digest = config_hash(load_config("train", base))
-    assert digest == "32ab7d0f4c8950d4"  # as in the first version that wrote one
+    assert digest == "32ab7d0f4c8950d4"  # as before `timestep` and `data` got their later keys (7c1e176)
     for same in ("data.workers=3", "data.cache_dir=/tmp/c", "data.retries=2", "train.global_tokens=0",
                  "timestep.levels=0", "data.quality_scope=source"):  # fmt: skip
         assert config_hash(load_config("train", [*base, same])) == digest

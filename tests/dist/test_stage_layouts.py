@@ -92,7 +92,7 @@ def command(dataset: Path, model: str, stage: str, name: str) -> list[str]:
     if model == "small" and not before:
         init, accepts = Path("none"), "none"
     steps = RLHF_STEPS if stage == "rlhf" else STEPS
-    # weights by score sum over data ranks
+    # A clip's weight is over the mean of all data ranks' clips, so that layouts share it only if they sum it.
     more = ["timestep=tqd", "data.quality_weight=true"] if stage == "lowres_video" else []
     if stage == "rlhf":
         more = [f"vae.path={ASSETS / 'vae'}", f"text.path={ASSETS / 'image_model'}", f"reward.path={ASSETS / 'reward'}",
