@@ -154,6 +154,23 @@ def test_what_a_task_raises_is_raised_here(pool: RayPool) -> None:
     assert (type(caught.value), caught.value.where, caught.value.remedy) == (UserError, "here", "take fewer")
 
 
+def killed_at_work(cluster: Any, machine: Any, begun: list[Path]) -> bool:
+    """Kills the machine if one of its tasks is at work, and says whether it did."""
+    for path in begun:
+        words = path.read_text().split() if path.exists() else []  # none yet: it is there before it is written
+        if not words or words[-2] != machine.node_id or path.with_suffix(".done").exists():
+            continue
+        process = int(words[-1])
+        os.kill(process, signal.SIGSTOP)  # its workers die with a machine; here they would go on for a moment
+        if path.with_suffix(".done").exists():  # it came to its end before it was stopped
+            os.kill(process, signal.SIGCONT)
+            continue
+        cluster.remove_node(machine, allow_graceful=False)
+        os.kill(process, signal.SIGKILL)
+        return True
+    return False
+
+
 def test_the_work_of_a_machine_that_dies_is_done_elsewhere(cluster: Any, tmp_path: Path) -> None:
     third = cluster.add_node(**SMALL)
     tasks = [(str(tmp_path), number) for number in range(14)]
@@ -163,13 +180,7 @@ def test_the_work_of_a_machine_that_dies_is_done_elsewhere(cluster: Any, tmp_pat
         results = []
         for task, result in pool.map(logged, tasks):
             results.append((task, result))
-            working = [n for n, path in begun.items() if path.exists() and not path.with_suffix(".done").exists()]
-            where = [begun[n].read_text().split()[-2:] for n in working]
-            hit = [int(pid) for node, pid in where if third is not None and node == third.node_id]
-            if hit:
-                os.kill(hit[0], signal.SIGSTOP)  # its workers die with a machine; here they would go on for a moment
-                cluster.remove_node(third, allow_graceful=False)
-                os.kill(hit[0], signal.SIGKILL)
+            if third is not None and killed_at_work(cluster, third, list(begun.values())):
                 third = None
     assert third is None
     assert results == [(task, 10 * task[1]) for task in tasks]
