@@ -19,6 +19,7 @@ from contentv.config.graph import config_hash
 from contentv.config.inputs import (
     Weights,
     check_data_fits,
+    check_reward_folders,
     choose_buckets,
     clip_fps,
     existing_folder,
@@ -93,14 +94,12 @@ def plan_stage(root: TrainRoot) -> Plan:
         text_path=_absolute(root.text.path),
     )
     check_predecessor(root.stage, manifest, weights.manifest, root.init)
-    if root.stage.objective == "reward":
-        existing_folder(root.vae.path, "vae.path", "the VAE the dataset was made with")
-        existing_folder(root.reward.path, "reward.path", "a reward model's folder")
-        if root.reward.shift not in (RewardConfig().shift, root.timestep.shift):
-            raise UserError(
-                f"reward.shift={root.reward.shift:g} differs from timestep.shift={root.timestep.shift:g}, and rollouts "
-                "follow the trained shift", where="reward.shift", remedy="leave it out, and set timestep.shift=",
-            )  # fmt: skip
+    check_reward_folders(root)
+    if root.stage.objective == "reward" and root.reward.shift not in (RewardConfig().shift, root.timestep.shift):
+        raise UserError(
+            f"reward.shift={root.reward.shift:g} differs from timestep.shift={root.timestep.shift:g}, and rollouts "
+            "follow the trained shift", where="reward.shift", remedy="leave it out, and set timestep.shift=",
+        )  # fmt: skip
     return Plan(root, info, buckets, weights, manifest)
 
 

@@ -7,12 +7,15 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from contentv.base.errors import UserError
 from contentv.config.compose import load_config
+from contentv.config.inputs import check_reward_folders, data_paths, resolve_weights
 from contentv.config.schema import PipelineConfig, TrainRoot
+from contentv.train.manifest import MANIFEST
 from contentv.train.pipeline import StageRun, local_launcher
 
 # Keys that change where or how a run is shown, not what it computes.
@@ -84,7 +87,7 @@ def build_graph(config: PipelineConfig, out: Path) -> list[StageRun]:
                 where="pipeline.stages",
                 remedy=f"use one of: {', '.join(known) or '(none: it is the first)'}",
             )  # fmt: skip
-        overrides = [f"stage={node.stage}", *config.overrides, *node.overrides, f"out={out / name}"]
+        overrides = [f"stage={node.stage}", *config.overrides, *config.extra, *node.overrides, f"out={out / name}"]
         if node.init:
             overrides.append(f"init={out / node.init}")
         elif config.init:
@@ -92,3 +95,24 @@ def build_graph(config: PipelineConfig, out: Path) -> list[StageRun]:
         root = load_config("train", overrides)
         runs.append(StageRun(name, out / name, tuple(overrides), config_hash(root)))
     return runs
+
+
+def check_inputs(runs: Sequence[StageRun]) -> None:
+    """Looks for what the stages that are not done will read, so that weeks into a pipeline nothing turns out missing.
+
+    Raises:
+        UserError: a stage's dataset, weights, VAE or reward model is not there; the message names the stage.
+    """
+    made_here = {str(run.out) for run in runs}
+    for run in runs:
+        if (run.out / MANIFEST).is_file():
+            continue
+        root = load_config("train", list(run.overrides))
+        try:
+            data_paths(root.data)
+            check_reward_folders(root)
+            if root.init not in made_here:
+                resolve_weights(root.init, root.init_weights)
+        except UserError as error:
+            remedy = f"{error.remedy}; for all stages at once: 'pipeline.extra=[KEY=VALUE,...]'"
+            raise UserError(error.what, where=f"stage {run.name}, {error.where}", remedy=remedy) from None

@@ -113,11 +113,27 @@ def open_data(data: DataConfig) -> JoinedDatasets:
     Raises:
         UserError: there is none, or several do not fit together.
     """
+    return JoinedDatasets.load(data_paths(data), data)
+
+
+def data_paths(data: DataConfig) -> list[str]:
+    """Returns the folders and addresses that `data.path` names.
+
+    Raises:
+        UserError: it is empty, or a folder on this machine is not there.
+    """
     paths = data.path if isinstance(data.path, list) else [data.path]
     for path in paths:
         if not is_url(path) and not str(path).startswith("file://"):
             existing_folder(path, "data.path", "a dataset made by `contentv curate`")
-    return JoinedDatasets.load(paths, data)
+    return paths
+
+
+def check_reward_folders(root: TrainRoot) -> None:
+    """Raises a UserError if the objective is a reward and its VAE or reward model is not there."""
+    if root.stage.objective == "reward":
+        existing_folder(root.vae.path, "vae.path", "the VAE the dataset was made with")
+        existing_folder(root.reward.path, "reward.path", "a reward model's folder")
 
 
 def choose_buckets(root: TrainRoot, info: JoinedDatasets) -> list[Bucket]:

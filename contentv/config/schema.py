@@ -122,6 +122,8 @@ class PipelineConfig:
     nproc: int = doc(1, "processes on this machine when no launcher is given; 1 or more")
     init: str = doc("", "what stages without a predecessor start from: an SD3-class or video model's folder, or a run")
     overrides: list[str] = doc([], "overrides of every stage")
+    extra: list[str] = doc([], "more overrides of every stage, after those of `overrides` and before the stage's own: "
+                               "what you add to a pipeline that has some, such as [data.path=DIR]")  # fmt: skip
     stages: list[StageNode] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -150,17 +150,14 @@ class TQD:
             ValueError: as of `sample`.
         """
         alpha, beta, missing = self._parameters(motion, visual)
-        shapes = torch.stack([alpha, beta])
+        shapes = torch.stack([alpha, beta])[:, ~missing]
+        without = [generator for generator, lacks in zip(generators, missing.tolist(), strict=True) if lacks]
+        scored = [generator for generator, lacks in zip(generators, missing.tolist(), strict=True) if not lacks]
         sigma = torch.empty(motion.shape)
-        rows: list[_Numbers] = []
-        for i, without in enumerate(missing.tolist()):
-            if without:
-                sigma[i : i + 1] = self.base.sample(1, generators[i])
-            else:
-                rows.append(self._numbers(shapes[:, i : i + 1], generators[i]))
-        if rows:
-            numbers = _Numbers(*(torch.cat(parts, dim=-1) for parts in zip(*rows, strict=True)))
-            sigma[~missing] = self._place_scored(shapes[:, ~missing], numbers)
+        if without:
+            sigma[missing] = self.base.sample_each(without)
+        if scored:
+            sigma[~missing] = self._place_scored(shapes, self._numbers_each(shapes, scored))
         return sigma
 
     def _numbers(self, shapes: Float[Tensor, "2 n"], generator: torch.Generator) -> _Numbers:
@@ -169,6 +166,15 @@ class TQD:
         gammas = torch._standard_gamma(shapes + 1, generator=generator)
         uniforms = uniform(2 * n, generator).view(2, n)
         return _Numbers(gammas, uniforms, floor, self.base.sample(n, generator) if self.floor > 0 else floor)
+
+    def _numbers_each(self, shapes: Float[Tensor, "2 n"], generators: Sequence[torch.Generator]) -> _Numbers:
+        """The numbers of `_numbers`, one generator a clip: kind by kind, since the order matters in each alone."""
+        floor = torch.cat([uniform(1, each) for each in generators]) if self.floor > 0 else shapes[0, :0]
+        pairs = (shapes + 1).t().contiguous().split(1)
+        drawn = zip(pairs, generators, strict=True)
+        gammas = torch.cat([torch._standard_gamma(pair, generator=each) for pair, each in drawn]).t()
+        uniforms = torch.cat([uniform(2, each) for each in generators]).view(-1, 2).t()
+        return _Numbers(gammas, uniforms, floor, self.base.sample_each(generators) if self.floor > 0 else floor)
 
     def _place_scored(self, shapes: Float[Tensor, "2 n"], numbers: _Numbers) -> Float[Tensor, "n"]:
         log_odds = beta_log_odds(shapes, numbers.gammas, numbers.uniforms)

@@ -88,6 +88,7 @@ def _run_stage(
     writer = os.environ.get("RANK", "0") == "0"
     if writer:  # how an earlier attempt ended must not be taken for how this one does
         (stage.out / STATUS).unlink(missing_ok=True)
+        stage.out.mkdir(parents=True, exist_ok=True)  # where even a stage that cannot begin says why
     before = float(record.get(stage.name, {}).get("seconds", 0.0))
     started = time.perf_counter()
     code = launch([*launcher, "-m", "contentv", "train", *stage.overrides], env)

@@ -10,8 +10,10 @@ import pytest
 from contentv.base.errors import UserError
 from contentv.config.compose import config_dir, groups, keys, load_config
 from contentv.config.document import keys_page
-from contentv.config.graph import build_graph, config_hash, launcher_of
+from contentv.config.graph import build_graph, check_inputs, config_hash, launcher_of
 from contentv.config.schema import ROOTS, PipelineConfig, StageNode
+
+ROOT = Path(__file__).parents[2]
 
 
 def message(command: str, *overrides: str) -> str:
@@ -98,6 +100,41 @@ def test_a_stage_without_predecessor_starts_from_the_pipelines_weights(tmp_path)
 def test_a_wrong_graph_is_refused_before_anything_starts(stages: list[StageNode], words: str, tmp_path) -> None:
     with pytest.raises(UserError, match=words):
         build_graph(PipelineConfig(stages=stages), tmp_path)
+
+
+def test_what_is_added_to_a_pipelines_overrides_wins_over_them_and_not_over_the_stages(tmp_path) -> None:
+    stages = [StageNode("a", "image", overrides=["train.max_steps=3"])]
+    config = PipelineConfig(
+        stages=stages, overrides=["model=tiny", "optim.lr=1"], extra=["optim.lr=2", "train.max_steps=9"]
+    )
+    root = load_config("train", list(build_graph(config, tmp_path)[0].overrides))
+    assert (root.model.num_layers, root.optim.lr, root.train.max_steps) == (4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["data.path=nowhere"], ["stage image, data.path", '"nowhere" is not a folder', "pipeline.extra=["]),
+        (["data.path=DATA", "reward.path=nowhere"], ["stage rlhf, reward.path", '"nowhere" is not a folder']),
+        (["data.path=DATA", "vae.path=nowhere"], ["stage rlhf, vae.path"]),
+    ],
+)
+def test_what_the_last_stage_will_read_is_looked_for_before_the_first(extra, words, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config("pipeline", ["pipeline=demo"]).pipeline
+    config.extra = [word.replace("DATA", str(tmp_path)) for word in extra]
+    runs = build_graph(config, tmp_path / "out")
+    with pytest.raises(UserError) as caught:
+        check_inputs(runs)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_stage_that_is_done_needs_nothing_any_more(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = build_graph(load_config("pipeline", ["pipeline=demo"]).pipeline, tmp_path)[:1]
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "stage.json").write_text("{}")
+    check_inputs(runs)
 
 
 def test_the_yaml_files_are_found_in_the_checkout() -> None:

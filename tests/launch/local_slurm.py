@@ -21,6 +21,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 START_S = 60.0
+PATIENCE_S = 900.0  # for each thing that is waited for; seconds on a quiet machine
+ROOT = Path(__file__).parents[2]
 
 
 def why_not() -> str:
@@ -142,6 +144,40 @@ class LocalSlurm:
             if time.monotonic() > end:
                 raise RuntimeError(f"the local Slurm does not start: {what}{self.logs()}")
             time.sleep(0.2)
+
+
+class Job:
+    """A job of launch/slurm.sbatch with one process on each of the two nodes; its output is in `folder`."""
+
+    def __init__(self, slurm: LocalSlurm, folder: Path, *arguments: str) -> None:
+        self.slurm, self.folder = slurm, folder
+        folder.mkdir()
+        env = slurm.env | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PROCESSES_PER_NODE": "1",
+            "LOG_DIR": str(folder / "logs"), "OMP_NUM_THREADS": "1", "CONTENTV_TYPECHECK": "0",
+        }  # fmt: skip
+        command = ["sbatch", "--parsable", "--gpus-per-node=0", f"--output={folder}/job.out", "launch/slurm.sbatch"]
+        done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        self.id = done.stdout.strip()
+
+    def wait(self, ready: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+        """Waits until `ready` says so; `what` is the message if it never does."""
+        end = time.monotonic() + patience_s
+        while not ready():
+            output = (self.folder / "job.out").read_text() if (self.folder / "job.out").exists() else ""
+            assert time.monotonic() < end, f"{what}: {self.slurm.run('squeue')}{output[-3000:]}{self.slurm.logs()}"
+            time.sleep(0.5)
+
+    def wait_for(self, *states: str, patience_s: float = PATIENCE_S) -> str:
+        """Waits for one of the states and returns it."""
+        self.wait(lambda: self.slurm.state(self.id) in states, f"not {states}", patience_s)
+        return self.slurm.state(self.id)
+
+    def go_on(self) -> None:
+        """Slurm lets a requeued job wait for two minutes; this one starts now."""
+        self.wait_for("PENDING")
+        self.slurm.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        self.wait_for("RUNNING")
 
 
 if __name__ == "__main__":

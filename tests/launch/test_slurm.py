@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_slurm import LocalSlurm, why_not
+from local_slurm import Job, LocalSlurm, why_not
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "contentv" / "demo" / "assets"
 STEPS = 24
-PATIENCE_S = 900.0  # for each thing that is waited for; seconds on a quiet machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
@@ -37,38 +34,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):  # fmt: skip
         subprocess.run([sys.executable, "-m", "contentv", *arguments], cwd=ROOT, check=True, capture_output=True)
     return root / "dataset"
-
-
-class Job:
-    """A job of one process on each of the two nodes."""
-
-    def __init__(self, slurm: LocalSlurm, folder: Path, *arguments: str) -> None:
-        self.slurm, self.folder = slurm, folder
-        folder.mkdir()
-        env = slurm.env | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PROCESSES_PER_NODE": "1",
-            "LOG_DIR": str(folder / "logs"), "OMP_NUM_THREADS": "1", "CONTENTV_TYPECHECK": "0",
-        }  # fmt: skip
-        command = ["sbatch", "--parsable", "--gpus-per-node=0", f"--output={folder}/job.out", "launch/slurm.sbatch"]
-        done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-        self.id = done.stdout.strip()
-
-    def wait(self, ready: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + PATIENCE_S
-        while not ready():
-            output = (self.folder / "job.out").read_text() if (self.folder / "job.out").exists() else ""
-            assert time.monotonic() < end, f"{what}: {self.slurm.run('squeue')}{output[-3000:]}{self.slurm.logs()}"
-            time.sleep(0.5)
-
-    def wait_for(self, *states: str) -> str:
-        self.wait(lambda: self.slurm.state(self.id) in states, f"not {states}")
-        return self.slurm.state(self.id)
-
-    def go_on(self) -> None:
-        """Slurm lets a requeued job wait for two minutes; this one starts now."""
-        self.wait_for("PENDING")
-        self.slurm.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
-        self.wait_for("RUNNING")
 
 
 def rows(run: Path, name: str = "metrics") -> list[dict[str, object]]:

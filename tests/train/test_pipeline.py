@@ -78,6 +78,13 @@ def test_the_message_of_a_stage_that_the_user_can_fix_comes_through(tmp_path, la
         run_pipeline([stage(out, "image", status='{"exit_code": 2, "message": "no such bucket"}')], out, launcher, {})
 
 
+def test_a_stage_that_cannot_even_begin_has_a_place_to_say_why(tmp_path) -> None:
+    out = tmp_path / "p"
+    says = """[ -d "$0" ] && printf '{"exit_code": 2, "message": "no such key"}' > "$0/status.json"; exit 1"""
+    with pytest.raises(UserError, match="no such key"):
+        run_pipeline([stage(out, "image")], out, ["sh", "-c", says, str(out / "image")], {})
+
+
 def test_any_other_end_is_a_failure(tmp_path, launcher) -> None:
     out = tmp_path / "p"
     with pytest.raises(RuntimeError, match="image failed with exit code 1"):
