@@ -10,7 +10,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-compile test-gpu parity bench bench-gpu study-tqd lint type layers docs fmt ci clean
+.PHONY: help install demo test test-all test-compile test-gpu parity bench bench-gpu study-tqd study-tqd-gpu lint type layers docs fmt ci clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ bench-gpu: ## kernels and a training step at the 8B width against diffusers -> b
 	$(PYTHON) benchmarks/gpu_kernels.py
 	$(PYTHON) benchmarks/gpu_step.py
 	$(PYTHON) benchmarks/model_step.py --device cuda --dtype bfloat16 --warmups 3 --repeats 20
+
+study-tqd-gpu: ## the study's larger version, on one CUDA device, in the current Python environment
+	$(PYTHON) benchmarks/tqd_study --size large --device cuda --jobs 4
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tqd_study.settings import Condition, Recipe, Run
+from tqd_study.sprites import World
 
 RECIPE = Recipe()
 SEEDS = (0, 1, 2, 3, 4)
@@ -33,6 +34,12 @@ NEITHER = {
 LONGER_STEPS = 2 * RECIPE.steps
 WIDER_HEADS = 2 * RECIPE.heads  # added after the results: see README.md
 
+# The larger version, for one GPU: 192 tokens in place of 24, four times the width, ten times the clips seen.
+LARGE = Recipe(
+    world=World(rows=8, columns=32, frames=12), clips=16_384, steps=4000, warmup_steps=200, batch=64, lr=1e-3,
+    layers=6, heads=6, head_dim=64, samples=512,
+)  # fmt: skip
+
 
 def kappa_name(kappa: float) -> str:
     """Returns the name of the imperfect clips' TQD at a kappa_max."""
@@ -44,8 +51,22 @@ def detail_name(condition: str, detail: float) -> str:
     return condition if detail == RECIPE.world.detail else f"{condition} detail={detail:g}"
 
 
-def runs() -> dict[str, list[Run]]:
-    """Returns the runs of every condition by name, in the order in which they are made: what matters most first."""
+def runs(size: str = "small") -> dict[str, list[Run]]:
+    """Returns the runs of every condition by name, in the order in which they are made: what matters most first.
+
+    Args:
+        size: one of SIZES; the large one has the main conditions and the sweep over kappa_max.
+    """
+    return SIZES[size]()
+
+
+def _large_runs() -> dict[str, list[Run]]:
+    routed = MAIN["mixed tqd"]
+    found = {name: _over(SWEEP_SEEDS, condition, LARGE, gradients=name == "mixed") for name, condition in MAIN.items()}
+    return found | {kappa_name(kappa): _over(SWEEP_SEEDS, replace(routed, kappa_max=kappa), LARGE) for kappa in KAPPAS}
+
+
+def _small_runs() -> dict[str, list[Run]]:
     routed = MAIN["mixed tqd"]
     found = {name: _over(SEEDS, condition, gradients=name == "mixed") for name, condition in MAIN.items()}
     found |= {name: _over(CONTROL_SEEDS, condition) for name, condition in CONTROLS.items()}
@@ -73,3 +94,6 @@ def in_turn(by_name: Mapping[str, list[Run]]) -> list[tuple[str, Run]]:
 
 def _over(seeds: tuple[int, ...], condition: Condition, recipe: Recipe = RECIPE, gradients: bool = False) -> list[Run]:
     return [Run(recipe, condition, seed, gradients) for seed in seeds]
+
+
+SIZES = {"small": _small_runs, "large": _large_runs}

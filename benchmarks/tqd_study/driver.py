@@ -11,18 +11,20 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import RESULTS, ROOT, append_rows, provenance
 
-from tqd_study.design import in_turn, runs
+from tqd_study.design import SIZES, in_turn, runs
 from tqd_study.evaluation import evaluate
 from tqd_study.settings import Run
 from tqd_study.training import train
 
 KIND = "tqd-study"
+CPU = torch.device("cpu")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -33,19 +35,21 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def missing(folder: Path) -> list[tuple[str, Run]]:
+def missing(folder: Path, size: str = "small") -> list[tuple[str, Run]]:
     """Returns the runs of the design that have no row, in the order to make them."""
     done = [row["settings"] for row in rows_of(folder)]
-    return [(name, run) for name, run in in_turn(runs()) if run.settings() not in done]
+    return [(name, run) for name, run in in_turn(runs(size)) if run.settings() not in done]
 
 
-def row_of(name: str, run: Run) -> dict[str, Any]:
+def row_of(name: str, run: Run, device: torch.device = CPU) -> dict[str, Any]:
     """Makes a run in this process and returns its row."""
     torch.set_num_threads(1)
-    model, told = train(run, say=lambda line: print(f"{name}, seed {run.seed}: {line}", file=sys.stderr, flush=True))
+    model, told = train(
+        run, device, say=lambda line: print(f"{name}, seed {run.seed}: {line}", file=sys.stderr, flush=True)
+    )
     return {
         "benchmark": KIND, "name": name, "settings": run.settings(), **told, **evaluate(run, model),
-        **provenance(torch.device("cpu")), "sources": sources_digest(),
+        **provenance(device), "sources": sources_digest(),
     }  # fmt: skip
 
 
@@ -58,15 +62,16 @@ def sources_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def make(place: int, folder: Path, left: int) -> None:
+def make(place: int, left: int, folder: Path, size: str, device: torch.device) -> None:
     """Makes one run in a process of its own and appends its row; raises if it fails."""
-    name, run = in_turn(runs())[place]
+    name, run = in_turn(runs(size))[place]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "row.json"
         command = [sys.executable, str(Path(__file__).parent), "--one", str(place), "--out", str(out)]
+        command += ["--size", size, "--device", str(device)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        append_rows([json.loads(out.read_text(encoding="utf-8"))], KIND, torch.device("cpu"), folder)
+        append_rows([json.loads(out.read_text(encoding="utf-8"))], KIND, device, folder)
     print(f"{name}, seed {run.seed}: done in {time.monotonic() - start:.0f} s, {left} to start", flush=True)
 
 
@@ -74,17 +79,21 @@ def main() -> bool:
     """Makes all missing runs, or one of them; returns whether the page is to be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="large: on one GPU, see README.md")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu, or cuda:0")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--list", action="store_true", help="show what is missing and make nothing")
     parser.add_argument("--page-only", action="store_true", help="make nothing, write tables and figures")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # place of a run in the design: make it here
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {arguments.device}: no CUDA device is here; leave it out to train on the CPU")
     if arguments.one is not None:
-        row = row_of(*in_turn(runs())[arguments.one])
+        row = row_of(*in_turn(runs(arguments.size))[arguments.one], arguments.device)
         arguments.out.write_text(json.dumps(row), encoding="utf-8")
         return False
-    wanted, everything = missing(arguments.results), in_turn(runs())
+    wanted, everything = missing(arguments.results, arguments.size), in_turn(runs(arguments.size))
     print(f"{len(wanted)} of {len(everything)} runs are missing", flush=True)
     if arguments.list:
         print("\n".join(f"{name}, seed {run.seed}" for name, run in wanted))
@@ -92,5 +101,6 @@ def main() -> bool:
         return bool(arguments.page_only)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         left = range(len(wanted) - 1, -1, -1)
-        list(pool.map(make, map(everything.index, wanted), [arguments.results] * len(wanted), left))
+        make_one = partial(make, folder=arguments.results, size=arguments.size, device=arguments.device)
+        list(pool.map(make_one, map(everything.index, wanted), left))
     return arguments.results == RESULTS

@@ -49,17 +49,20 @@ def sample(recipe: Recipe, model: MMDiT) -> Tensor:
     shape = (1, world.frames, world.rows, world.columns)
     noise = keyed_normal(shape, HELD_OUT_SEED, 0, range(recipe.samples), "samples")
     sigmas = euler_sigmas(recipe.solver_steps, recipe.shift)
-    return torch.cat([euler_sample(guided(model, no_text(len(part))), part, sigmas) for part in noise.split(64)])
+    device = device_of(model)
+    parts = [part.to(device) for part in noise.split(64)]
+    return torch.cat([euler_sample(guided(model, no_text(len(part), device)), part, sigmas).cpu() for part in parts])
 
 
 @torch.no_grad()
 def golden_losses(model: MMDiT, golden: Tensor) -> list[float]:
     """Returns the mean loss on golden clips in each of ten equal bins of sigma, at the same noise for every model."""
     found, clips = [], range(len(golden))
-    text = no_text(len(golden))
+    device = device_of(model)
+    golden, text = golden.to(device), no_text(len(golden), device)
     for i in range(BINS):
-        sigma = (i + keyed_uniform(HELD_OUT_SEED, i, clips, "loss_sigma")) / BINS
-        noise = keyed_normal(golden.shape[1:], HELD_OUT_SEED, i, clips, "loss_noise")
+        sigma = (i + keyed_uniform(HELD_OUT_SEED, i, clips, "loss_sigma").to(device)) / BINS
+        noise = keyed_normal(golden.shape[1:], HELD_OUT_SEED, i, clips, "loss_noise").to(device)
         velocity = model(add_noise(golden, noise, sigma), timestep_of(sigma), text.tokens, text.pooled)
         found.append(float(flow_loss(velocity, velocity_target(golden, noise)).mean()))
     return found
@@ -74,13 +77,19 @@ def gradient_cosines(recipe: Recipe, model: MMDiT) -> dict[str, list[float]]:
     config = GradientConfig(clips=128, groups=8, bins=BINS, micro_batch_size=16, max_values=0, seed=HELD_OUT_SEED)
     twins = degraded_twins(recipe.world, config.clips)
     bins = [
-        Grams(found.gram, config.groups) for found in measure_gradients(model, twins, no_text(config.clips), config)
+        Grams(found.gram, config.groups)
+        for found in measure_gradients(model, twins, no_text(config.clips, device_of(model)), config)
     ]
     return {
         "visual": [grams.cosine(1) for grams in bins],
         "motion": [grams.cosine(2) for grams in bins],
         "ceiling": [grams.ceiling() for grams in bins],
     }
+
+
+def device_of(model: MMDiT) -> torch.device:
+    """Returns where a model is."""
+    return next(model.parameters()).device
 
 
 def degraded_twins(world: World, n: int) -> dict[str, Tensor]:

@@ -8,14 +8,15 @@ from measure import ROOT
 
 from contentv.config.figures import filled
 from tqd_study.figures import draw_all, links
-from tqd_study.summary import TABLES, Rows, rows_by_name
+from tqd_study.summary import TABLES, Rows, large_table, rows_by_name
 
 PAGE = ROOT / "docs" / "tqd.md"
 
 
 def page(text: str, rows: Rows) -> str:
     """Returns docs/tqd.md with the study's tables made anew."""
-    return filled(text, {name: partial(make, rows) for name, make in {**TABLES, "study figures": links}.items()})
+    made = {name: partial(make, rows) for name, make in {**TABLES, "study figures": links}.items()}
+    return filled(text, made | {"study large": large_table})
 
 
 def write() -> None:

@@ -21,11 +21,11 @@ Rows = Mapping[str, Mapping[int, dict[str, Any]]]  # name of the condition -> se
 SHARE_WANTED = 0.9  # of the golden combined score, that routed imperfect clips are to reach
 
 
-def rows_by_name(folder: Path = RESULTS) -> Rows:
+def rows_by_name(folder: Path = RESULTS, size: str = "small") -> Rows:
     """Returns the rows of the design's runs; those of other settings are not looked at."""
     found = rows_of(folder)
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, wanted in runs().items():
+    for name, wanted in runs(size).items():
         settings = [run.settings() for run in wanted]
         rows = [row for row in found if row["settings"] in settings]
         by_name[name] = {row["settings"]["seed"]: row for row in rows}
@@ -59,7 +59,7 @@ def main_table(rows: Rows) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in (*MAIN, *CONTROLS, *NEITHER):
-        if not rows[name]:
+        if not rows.get(name):
             continue
         columns = (("speed", "score"), ("sharpness", "score"), ("combined",), ("golden_like",))
         cells = [str(Interval.of(list(values(rows, name, *keys).values()))) for keys in columns]
@@ -205,6 +205,12 @@ def detail_table(rows: Rows) -> str:
         theory = expected(runs()[names[2]][0])["combined"] - expected(runs()[names[1]][0])["combined"]
         lines.append(f"| {RECIPE.world.amplitude / detail:.3g} | {' | '.join(means)} | {gain} | {theory:.3f} |")
     return "\n".join(lines) if len(lines) > 2 else NO_ROWS
+
+
+def large_table() -> str:
+    """Returns the scores of the larger version's conditions."""
+    table = main_table(rows_by_name(size="large"))
+    return "No rows yet: no GPU could be had." if table == NO_ROWS else table
 
 
 NO_ROWS = "No rows yet: run `make study-tqd`."

@@ -24,9 +24,9 @@ TEXT_WIDTH = 16  # of the one empty caption: the study's clips have none
 LOG_EVERY = 100
 
 
-def no_text(n: int) -> TextCond:
+def no_text(n: int, device: torch.device) -> TextCond:
     """Returns the text of clips without captions."""
-    return TextCond(torch.zeros(n, 1, TEXT_WIDTH), torch.zeros(n, TEXT_WIDTH))
+    return TextCond(torch.zeros(n, 1, TEXT_WIDTH, device=device), torch.zeros(n, TEXT_WIDTH, device=device))
 
 
 def build_model(recipe: Recipe, seed: int) -> MMDiT:
@@ -47,18 +47,21 @@ def build_sampler(recipe: Recipe, condition: Condition) -> SigmaSampler | TQD:
     return TQD(base, kappa_base=2.0, kappa_max=condition.kappa_max, floor=condition.floor)
 
 
-def train(run: Run, say: Callable[[str], None] = lambda line: None) -> tuple[MMDiT, dict[str, Any]]:
+def train(
+    run: Run, device: torch.device, say: Callable[[str], None] = lambda line: None
+) -> tuple[MMDiT, dict[str, Any]]:
     """Returns the trained model with its averaged weights, and what is to be told of its training.
 
     Args:
         run: what is trained.
+        device: where; its clips, first weights and all draws are made on the CPU, and are the same on every device.
         say: is given a line every LOG_EVERY steps.
     """
     recipe, condition, seed = run.recipe, run.condition, run.seed
     start = time.process_time()
     clips = training_clips(recipe, condition, seed)
-    model, sampler = build_model(recipe, seed), build_sampler(recipe, condition)
-    objective = FlowMatching(sampler, seed=seed, null_text=no_text(1), text_dropout=0)
+    model, sampler = build_model(recipe, seed).to(device), build_sampler(recipe, condition)
+    objective = FlowMatching(sampler, seed=seed, null_text=no_text(1, device), text_dropout=0)
     optim = OptimConfig(
         lr=recipe.lr, betas=[0.9, 0.99], weight_decay=0.0, warmup_steps=recipe.warmup_steps, schedule="cosine",
         min_lr_ratio=0.05, ema_decay=recipe.ema_decay,
@@ -67,7 +70,7 @@ def train(run: Run, say: Callable[[str], None] = lambda line: None) -> tuple[MMD
     adamw = torch.optim.AdamW(parameters, betas=(optim.betas[0], optim.betas[1]), weight_decay=0.0, fused=True)
     average = MovingAverage(parameters, optim.ema_decay)
     losses = []
-    for step, batch in zip(range(recipe.steps), batches(clips, run), strict=False):
+    for step, batch in zip(range(recipe.steps), batches(clips, run, device), strict=False):
         for group in adamw.param_groups:
             group["lr"] = lr_at(step, optim, recipe.steps)
         output = objective(model, batch, step)
@@ -90,16 +93,24 @@ def train(run: Run, say: Callable[[str], None] = lambda line: None) -> tuple[MMD
     }  # fmt: skip
 
 
-def batches(clips: Clips, run: Run) -> Any:
+def batches(clips: Clips, run: Run, device: torch.device) -> Any:
     """Returns the batches of a run, one a step, without end."""
     world, size = run.recipe.world, run.recipe.batch
-    bucket, text, names = Bucket(world.frames, world.rows, world.columns), no_text(size), [""] * size
+    bucket, text, names = Bucket(world.frames, world.rows, world.columns), no_text(size, device), [""] * size
     seen = places(clips, drop=run.condition.drop, seed=run.seed)
     for step in itertools.count():
         chosen = torch.tensor(list(itertools.islice(seen, size)))
         index = step * size + torch.arange(size)
         yield Batch(
-            names, names, bucket, clips.latents[chosen], text, clips.motion[chosen], clips.visual[chosen], index, size
+            names,
+            names,
+            bucket,
+            clips.latents[chosen].to(device),
+            text,
+            clips.motion[chosen],
+            clips.visual[chosen],
+            index,
+            size,
         )
 
 

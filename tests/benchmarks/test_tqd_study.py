@@ -118,10 +118,10 @@ def test_a_run_is_a_function_of_its_settings_and_is_known_by_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(SMALL, Condition(("blurred", "static"), "tqd", drop=True), seed=2)
-    first, second = train(run)[0], train(run)[0]
+    first, second = (train(run, driver.CPU)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     wanted = {"a": [run, replace(run, seed=3)], "b": [replace(run, gradients=True)]}
-    monkeypatch.setattr(driver, "runs", lambda: wanted)
+    monkeypatch.setattr(driver, "runs", lambda size: wanted)
     row = driver.row_of("a", run)
     (tmp_path / "2020-01-01_cpu_tqd-study.jsonl").write_text(json.dumps(row) + "\n")
     assert {(name, left.seed) for name, left in driver.missing(tmp_path)} == {("a", 3), ("b", 2)}
@@ -141,6 +141,22 @@ def test_no_two_runs_are_alike_and_the_first_are_whole_seeds_of_the_main_conditi
     assert len(set(settings)) == len(settings)
     assert [name for name, _ in turns[: len(design.MAIN)]] == list(design.MAIN)
     assert {run.seed for _, run in turns[: len(design.MAIN)]} == {0}
+
+
+def test_the_larger_version_is_the_same_question() -> None:
+    large = design.runs("large")
+    assert set(design.MAIN) <= set(large)
+    assert {name for name, some in large.items() if len(some) != 3} == set()
+    assert all(
+        run.settings() not in [r.settings() for r in design.runs()[name]] for name in large for run in large[name]
+    )
+    cut = replace(design.LARGE, clips=64, steps=2, warmup_steps=1, batch=2, layers=1, samples=4, solver_steps=2)
+    row = driver.row_of("mixed tqd", replace(large["mixed tqd"][0], recipe=cut))
+    assert set(row["measured"]) >= {"combined", "golden_like"}
+    clips = {kind: make_clips(cut.world, kind, 50, seed=5) for kind in ("golden", "blurred", "static")}
+    assert float(speed_of(clips["static"]).max()) < float(speed_of(clips["golden"]).min()) / 2
+    assert float(sharpness_of(clips["blurred"]).mean()) < float(sharpness_of(clips["golden"]).mean()) / 4
+    assert float(compare(clips["golden"], clips["golden"])["golden_like"]) == 1.0
 
 
 def test_the_page_has_the_tables_of_the_rows() -> None:
