@@ -36,6 +36,8 @@ ALIASES = {
     "data_path": "data.path", "dataset_path": "data.path", "source": "from", "merge": "lora_mode",
 }  # fmt: skip
 
+OVERRIDE_LISTS = ("pipeline.overrides", "pipeline.extra", "overrides")  # keys whose value is a list of key=value
+
 
 def config_dir() -> Path:
     """Returns the folder of YAML groups: the checkout's `conf/`, or the installed copy."""
@@ -102,7 +104,7 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
         _check_override(command, item)
     renamed = _renamed(command)
     split = [item.partition("=") for item in overrides]
-    overrides = [f"{_opened(command, key)}{renamed.get(key, key)}={value}" for key, _, value in split]
+    overrides = [f"{_opened(command, key)}{renamed.get(key, key)}={_quoted(key, value)}" for key, _, value in split]
     _register()
     GlobalHydra.instance().clear()
     yaml = config_dir() / f"{command}.yaml"
@@ -158,6 +160,27 @@ def _check_override(command: str, item: str) -> None:
     hint = f'did you mean "{alias}"?' if alias in {*known, *choices} else nearest(key, [*known, *choices])
     remedy = hint or f"`contentv {command} --help` lists the keys"
     raise UserError(f'unknown key "{key}"', where=f"contentv {command}", remedy=remedy)
+
+
+def _quoted(key: str, value: str) -> str:
+    """Returns a list of overrides as Hydra reads it: each quoted, since its grammar has no bare `=` within a list."""
+    if key not in OVERRIDE_LISTS or not (value.startswith("[") and value.endswith("]")):
+        return value
+    entries, depth, quote = [""], 0, ""
+    for letter in value[1:-1]:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not entries[-1].strip():  # an entry that is quoted already, commas and all
+            quote = letter
+        else:
+            depth += (letter in "[{(") - (letter in ")}]")
+        if letter == "," and depth == 0 and not quote:
+            entries.append("")
+        else:
+            entries[-1] += letter
+    stripped = [entry.strip() for entry in entries if entry.strip()]
+    quoted = [entry if entry[0] in "'\"" else "'" + entry.replace("'", r"\'") + "'" for entry in stripped]
+    return f"[{','.join(quoted)}]"
 
 
 def _opened(command: str, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -109,6 +110,41 @@ def test_what_is_added_to_a_pipelines_overrides_wins_over_them_and_not_over_the_
     )
     root = load_config("train", list(build_graph(config, tmp_path)[0].overrides))
     assert (root.model.num_layers, root.optim.lr, root.train.max_steps) == (4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("[]", []),
+        ("[model=tiny]", ["model=tiny"]),
+        (
+            "[model=tiny,data.path=/a b/c, optim.betas=[0.9,0.95]]",
+            ["model=tiny", "data.path=/a b/c", "optim.betas=[0.9,0.95]"],
+        ),
+        ("[data.bucket_weights={a:1,b:2},x=1]", ["data.bucket_weights={a:1,b:2}", "x=1"]),
+        ("[\"model=tiny\",'data.path=s3://b/k']", ["model=tiny", "data.path=s3://b/k"]),
+        ("[data.path=it's]", ["data.path=it's"]),
+    ],
+)
+def test_overrides_within_overrides_are_typed_as_they_are_meant(typed: str, meant: list[str]) -> None:
+    assert load_config("pipeline", [f"pipeline.extra={typed}"]).pipeline.extra == meant
+    assert load_config("demo", [f"overrides={typed}"]).overrides == meant
+
+
+def test_what_readme_and_comments_tell_to_type_is_read() -> None:
+    pages = [
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("conf/pipeline*.yaml"),
+        *ROOT.glob("conf/pipeline/*.yaml"),
+    ]
+    found = [
+        line for page in pages for line in re.findall(r"'(pipeline\.(?:extra|overrides)=\[.*?\])'", page.read_text())
+    ]
+    assert len(found) >= 5
+    for line in found:
+        config = load_config("pipeline", [line]).pipeline
+        assert "data.path" in " ".join(config.overrides + config.extra)
 
 
 @pytest.mark.parametrize(
