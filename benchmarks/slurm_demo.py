@@ -54,7 +54,13 @@ def run(slurm: LocalSlurm, folder: Path, demo: Path, seed: int) -> dict[str, Any
     job = Job(slurm, folder / "job", "pipeline", "pipeline=demo", f"out={out}", extra)
     saved = {}
     for stage, wanted in STOPPED_AT.items():
-        job.wait(lambda s=stage, n=wanted: len(rows_of(out / s)) >= n, f"{stage} does not train", PATIENCE_S)
+
+        def ready(stage: str = stage, wanted: int = wanted) -> bool:
+            if slurm.state(job.id) not in ("PENDING", "CONFIGURING", "RUNNING"):
+                raise SystemExit(f"the job has ended:\n{(folder / 'job' / 'job.out').read_text()[-5000:]}")
+            return len(rows_of(out / stage)) >= wanted
+
+        job.wait(ready, f"{stage} does not train", PATIENCE_S)
         slurm.run("scancel", "--batch", "--signal=USR1", job.id)
         job.wait_for("PENDING")
         saved[stage] = max(path.name for path in (out / stage / "checkpoints").glob("step-*"))

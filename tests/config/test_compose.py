@@ -121,6 +121,7 @@ def test_what_is_added_to_a_pipelines_overrides_wins_over_them_and_not_over_the_
             "[model=tiny,data.path=/a b/c, optim.betas=[0.9,0.95]]",
             ["model=tiny", "data.path=/a b/c", "optim.betas=[0.9,0.95]"],
         ),
+        ('["out=a,b[",x=1]', ["out=a,b[", "x=1"]),
         ("[data.bucket_weights={a:1,b:2},x=1]", ["data.bucket_weights={a:1,b:2}", "x=1"]),
         ("[\"model=tiny\",'data.path=s3://b/k']", ["model=tiny", "data.path=s3://b/k"]),
         ("[data.path=it's]", ["data.path=it's"]),
@@ -132,15 +133,9 @@ def test_overrides_within_overrides_are_typed_as_they_are_meant(typed: str, mean
 
 
 def test_what_readme_and_comments_tell_to_type_is_read() -> None:
-    pages = [
-        ROOT / "README.md",
-        *ROOT.glob("docs/*.md"),
-        *ROOT.glob("conf/pipeline*.yaml"),
-        *ROOT.glob("conf/pipeline/*.yaml"),
-    ]
-    found = [
-        line for page in pages for line in re.findall(r"'(pipeline\.(?:extra|overrides)=\[.*?\])'", page.read_text())
-    ]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("conf/*.yaml"), *ROOT.glob("conf/pipeline/*.yaml")]
+    text = "\n".join(page.read_text() for page in pages)
+    found = re.findall(r"'(pipeline\.(?:extra|overrides)=\[.*?\])'", text)
     assert len(found) >= 5
     for line in found:
         config = load_config("pipeline", [line]).pipeline
