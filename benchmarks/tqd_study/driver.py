@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from measure import RESULTS, ROOT, append_rows, provenance
 
+from tqd_study import handover
 from tqd_study.design import SIZES, in_turn, runs
 from tqd_study.evaluation import evaluate
+from tqd_study.rows import rows_of_kind
 from tqd_study.settings import Run
 from tqd_study.training import train
 
@@ -29,10 +31,7 @@ CPU = torch.device("cpu")
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Returns the study's rows, of all days and machines."""
-    found = []
-    for path in sorted(folder.glob(f"*_{KIND}.jsonl")):
-        found += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return found
+    return rows_of_kind(folder, KIND)
 
 
 def missing(folder: Path, size: str = "small") -> list[tuple[str, Run]]:
@@ -103,4 +102,6 @@ def main() -> bool:
         left = range(len(wanted) - 1, -1, -1)
         make_one = partial(make, folder=arguments.results, size=arguments.size, device=arguments.device)
         list(pool.map(make_one, map(everything.index, wanted), left))
+    if arguments.size == "small":
+        handover.make(arguments.results, arguments.jobs)
     return arguments.results == RESULTS

@@ -43,15 +43,20 @@ def evaluate(run: Run, model: MMDiT) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample(recipe: Recipe, model: MMDiT) -> Tensor:
-    """Returns generated clips, from the same noise for every model."""
+def sample(recipe: Recipe, model: MMDiT, late: MMDiT | None = None, level: float = 0.0) -> Tensor:
+    """Returns generated clips, from the same noise for every model; `late` makes the steps from sigma `level` down."""
     world = recipe.world
     shape = (1, world.frames, world.rows, world.columns)
     noise = keyed_normal(shape, HELD_OUT_SEED, 0, range(recipe.samples), "samples")
     sigmas = euler_sigmas(recipe.solver_steps, recipe.shift)
     device = device_of(model)
     parts = [part.to(device) for part in noise.split(64)]
-    return torch.cat([euler_sample(guided(model, no_text(len(part), device)), part, sigmas).cpu() for part in parts])
+
+    def clips(part: Tensor) -> Tensor:
+        early, later = (guided(each, no_text(len(part), device)) for each in (model, late or model))
+        return euler_sample(lambda x, sigma: (early if float(sigma) > level else later)(x, sigma), part, sigmas).cpu()
+
+    return torch.cat([clips(part) for part in parts])
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from functools import partial
 from measure import ROOT
 
 from contentv.config.figures import filled
+from tqd_study import handover
 from tqd_study.figures import draw_all, links
 from tqd_study.summary import TABLES, Rows, large_table, rows_by_name
 
@@ -16,7 +17,7 @@ PAGE = ROOT / "docs" / "tqd.md"
 def page(text: str, rows: Rows) -> str:
     """Returns docs/tqd.md with the study's tables made anew."""
     made = {name: partial(make, rows) for name, make in {**TABLES, "study figures": links}.items()}
-    return filled(text, made | {"study large": large_table})
+    return filled(text, made | {"study large": large_table, "study handover": handover.table})
 
 
 def write() -> None:

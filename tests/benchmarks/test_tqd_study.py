@@ -12,14 +12,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from tqd_study import design, driver, evaluation, figures, report, summary
+from tqd_study import design, driver, evaluation, figures, handover, report, summary
 from tqd_study.clips import places, training_clips
 from tqd_study.intervals import Interval
 from tqd_study.measures import compare, sharpness_of, speed_of, wasserstein
 from tqd_study.settings import Condition, Recipe, Run
 from tqd_study.sprites import Traits, World, draw_traits, make_clips, render
 from tqd_study.toy import Components, predict
-from tqd_study.training import train
+from tqd_study.training import build_model, train
 
 from contentv.diffusion.timesteps import TQD, Uniform
 
@@ -141,6 +141,28 @@ def test_no_two_runs_are_alike_and_the_first_are_whole_seeds_of_the_main_conditi
     assert len(set(settings)) == len(settings)
     assert [name for name, _ in turns[: len(design.MAIN)]] == list(design.MAIN)
     assert {run.seed for _, run in turns[: len(design.MAIN)]} == {0}
+
+
+def test_a_handover_has_the_two_models_alone_at_its_ends() -> None:
+    first, second = (build_model(SMALL, seed) for seed in (0, 1))
+    for model in (first, second):
+        torch.nn.init.normal_(model.proj_out.weight)  # a new model's velocity is nothing
+    clips = {level: evaluation.sample(SMALL, first, second, level) for level in (1.0, 0.8, 0.0)}
+    assert torch.equal(clips[0.0], evaluation.sample(SMALL, first))
+    assert torch.equal(clips[1.0], evaluation.sample(SMALL, second))
+    assert not torch.equal(clips[0.8], clips[0.0])
+    assert not torch.equal(clips[0.8], clips[1.0])
+
+
+def test_the_table_of_handovers_is_made_of_all_rows() -> None:
+    row = handover.row_of(0, SMALL)
+    entries = row["handovers"]
+    for place, entry in enumerate(entries):
+        entry["measured"] = {"speed": {"score": 0.5}, "sharpness": {"score": 0.25}, "combined": place / 100}
+    lines = handover.table([row]).splitlines()
+    assert len(lines) == 2 + len(handover.LEVELS)
+    assert lines[2] == "| 1 | 0.500 | 0.250 | 0.000 | 0.500 | 0.250 | 0.080 |"
+    assert lines[-1] == "| 0 | 0.500 | 0.250 | 0.070 | 0.500 | 0.250 | 0.150 |"
 
 
 def test_the_larger_version_is_the_same_question() -> None:
