@@ -95,7 +95,11 @@ def main() -> bool:
     wanted, everything = missing(arguments.results, arguments.size), in_turn(runs(arguments.size))
     print(f"{len(wanted)} of {len(everything)} runs are missing", flush=True)
     if arguments.list:
-        print("\n".join(f"{name}, seed {run.seed}" for name, run in wanted))
+        lines = [f"{name}, seed {run.seed}" for name, run in wanted]
+        if arguments.size == "small":
+            lines += [f"handover, seed {seed}" for seed in handover.missing(arguments.results)]
+        for line in lines:
+            print(line)
     if arguments.list or arguments.page_only:
         return bool(arguments.page_only)
     with ThreadPoolExecutor(arguments.jobs) as pool:
