@@ -55,7 +55,7 @@ bench: $(STAMP) ## after `make demo`: its numbers, reuse, the loader, curation, 
 	$(BIN)/python benchmarks/plan_accuracy.py
 	$(BIN)/python benchmarks/tqd_cost.py
 
-study-tqd: $(STAMP) ## does routing clips by quality pay? 96 small trainings; goes on where it stopped -> docs/tqd.md
+study-tqd: $(STAMP) ## does routing clips by quality pay? 90 small trainings; goes on where it stopped -> docs/tqd.md
 	$(BIN)/python benchmarks/tqd_study --jobs $(JOBS)
 
 bench-gpu: ## kernels and a training step at the 8B width against diffusers -> benchmarks/results/

@@ -32,7 +32,8 @@ NEITHER = {
     "with neither tqd": Condition((*IMPERFECT, "neither"), "tqd", drop=True),
 }
 LONGER_STEPS = 2 * RECIPE.steps
-WIDER_HEADS = 2 * RECIPE.heads  # added after the results: see README.md
+WIDER_HEADS = 2 * RECIPE.heads
+ADDED = ("golden wider", "mixed tqd wider")  # after the results: see README.md
 
 # The larger version, for one GPU: 192 tokens in place of 24, four times the width, ten times the clips seen.
 LARGE = Recipe(

@@ -19,7 +19,7 @@ import torch
 from measure import RESULTS, ROOT, append_rows, provenance
 
 from tqd_study import handover
-from tqd_study.design import SIZES, in_turn, runs
+from tqd_study.design import ADDED, SIZES, in_turn, runs
 from tqd_study.evaluation import evaluate
 from tqd_study.rows import rows_of_kind
 from tqd_study.settings import Run
@@ -34,10 +34,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return rows_of_kind(folder, KIND)
 
 
-def missing(folder: Path, size: str = "small") -> list[tuple[str, Run]]:
-    """Returns the runs of the design that have no row, in the order to make them."""
+def missing(folder: Path, size: str = "small", added: bool = True) -> list[tuple[str, Run]]:
+    """Returns the runs of the design that have no row, in the order to make them; those added later if `added`."""
     done = [row["settings"] for row in rows_of(folder)]
-    return [(name, run) for name, run in in_turn(runs(size)) if run.settings() not in done]
+    wanted = [(name, run) for name, run in in_turn(runs(size)) if added or name not in ADDED]
+    return [(name, run) for name, run in wanted if run.settings() not in done]
 
 
 def row_of(name: str, run: Run, device: torch.device = CPU) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def main() -> bool:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--size", choices=sorted(SIZES), default="small", help="large: on one GPU, see README.md")
     parser.add_argument("--device", type=torch.device, default=CPU, help="cpu, or cuda:0")
+    parser.add_argument("--added", action="store_true", help="also what was added after the results: see README.md")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--list", action="store_true", help="show what is missing and make nothing")
     parser.add_argument("--page-only", action="store_true", help="make nothing, write tables and figures")
@@ -92,11 +94,13 @@ def main() -> bool:
         row = row_of(*in_turn(runs(arguments.size))[arguments.one], arguments.device)
         arguments.out.write_text(json.dumps(row), encoding="utf-8")
         return False
-    wanted, everything = missing(arguments.results, arguments.size), in_turn(runs(arguments.size))
-    print(f"{len(wanted)} of {len(everything)} runs are missing", flush=True)
+    everything = in_turn(runs(arguments.size))
+    wanted = missing(arguments.results, arguments.size, arguments.added)
+    handovers = arguments.added and arguments.size == "small"
+    print(f"{len(wanted)} runs are missing", flush=True)
     if arguments.list:
         lines = [f"{name}, seed {run.seed}" for name, run in wanted]
-        if arguments.size == "small":
+        if handovers:
             lines += [f"handover, seed {seed}" for seed in handover.missing(arguments.results)]
         for line in lines:
             print(line)
@@ -106,6 +110,6 @@ def main() -> bool:
         left = range(len(wanted) - 1, -1, -1)
         make_one = partial(make, folder=arguments.results, size=arguments.size, device=arguments.device)
         list(pool.map(make_one, map(everything.index, wanted), left))
-    if arguments.size == "small":
+    if handovers:
         handover.make(arguments.results, arguments.jobs)
     return arguments.results == RESULTS

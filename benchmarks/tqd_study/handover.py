@@ -72,7 +72,7 @@ def table(rows: Sequence[dict[str, Any]] | None = None) -> str:
     """Returns scores by the level of the handover, of both orders."""
     rows = rows_of_kind(RESULTS, KIND) if rows is None else rows
     if not rows:
-        return "No rows yet: run `make study-tqd`."
+        return "No rows yet: run `python benchmarks/tqd_study --added`."
     lines = [
         "| sigma | golden above: motion | sharpness | combined | routed above: motion | sharpness | combined |",
         "|---|---|---|---|---|---|---|",

@@ -128,6 +128,12 @@ def test_a_run_is_a_function_of_its_settings_and_is_known_by_its_row(
     assert len(row["golden_loss"]) == evaluation.BINS
 
 
+def test_what_was_added_after_the_results_is_made_only_when_asked_for(tmp_path: Path) -> None:
+    everything, first = driver.missing(tmp_path), driver.missing(tmp_path, added=False)
+    assert {name for name, _ in everything} - {name for name, _ in first} == set(design.ADDED)
+    assert len(first) == 90
+
+
 def test_gradients_of_blurred_and_slowed_twins_are_compared_in_every_bin() -> None:
     twins = evaluation.degraded_twins(World(), 8)
     assert float((speed_of(twins["visual"]) - speed_of(twins["golden"])).abs().max()) < 1e-3
