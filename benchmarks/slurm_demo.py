@@ -89,7 +89,8 @@ def compare(run: Path, other: Path) -> dict[str, Any]:
         a, b = load_file(first), load_file(second)
         if a.keys() != b.keys():
             raise SystemExit(f"{first} and {second} hold other tensors")
-        weights[name] = max(float((a[key] - b[key]).abs().max()) for key in a)
+        differences = [(a[key].double() - b[key].double()).abs().max() for key in a]
+        weights[name] = float(torch.stack(differences).max())  # NaN if any is, which Python's max would pass over
     return {
         "steps": len(ledger), "each_step_once": [row["step"] for row in ledger] == list(range(1, len(ledger) + 1)),
         "steps_of_the_same_clips": sum(a == b for a, b in zip(ledger, expected, strict=True)),

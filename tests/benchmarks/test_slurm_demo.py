@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from slurm_demo import compare, rows_of
 def make_run(folder: Path, losses: list[float], clips: list[str], weight: float) -> Path:
     for name in ("raw", "ema"):
         (folder / "export" / name).mkdir(parents=True)
-        save_file({"w": torch.tensor([1.0, weight])}, folder / "export" / name / "model.safetensors")
+        save_file(
+            {"a": torch.ones(1), "w": torch.tensor([1.0, weight])}, folder / "export" / name / "model.safetensors"
+        )
     metrics = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
     ledger = [json.dumps({"step": step, "ids": [clip]}) for step, clip in enumerate(clips, 1)]
     (folder / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
@@ -33,6 +36,11 @@ def test_what_differs_is_found(tmp_path: Path) -> None:
     found = compare(first, make_run(tmp_path / "b", [3.0, 2.5], ["x", "z"], 2.25))
     assert (found["max_loss_difference"], found["max_weight_difference"]) == (0.5, {"raw": 0.25, "ema": 0.25})
     assert found["steps_of_the_same_clips"] == 1
+
+
+def test_weights_that_are_no_numbers_are_not_passed_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", [3.0], ["x"], float("nan"))
+    assert math.isnan(compare(run, run)["max_weight_difference"]["raw"])
 
 
 def test_a_step_done_twice_is_seen_and_a_line_not_yet_whole_is_not(tmp_path: Path) -> None:
